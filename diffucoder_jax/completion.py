@@ -1,0 +1,189 @@
+"""Prompts to text: lays out canvases, samples them in batches, cuts the result at the end token."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffucoder_jax.diffusion import process
+from diffucoder_jax.diffusion import sampler as sampler_lib
+from diffucoder_jax.diffusion.sampler import SamplerConfig
+from diffucoder_jax.model.transformer import Transformer, unembed
+from diffucoder_jax.runtime import sharding
+
+# Canvases are padded to a multiple of this, so that prompts of similar length share one program.
+LENGTH_STEP = 32
+HOLE = re.compile(r"<\|fill:(\d+)\|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """What was written for one prompt.
+
+  Attributes:
+    text: the text written, up to the first end token; several holes are joined by newlines.
+    full_text: the prompt with it: what an infill template is wanted for.
+    tokens: int32, all written token ids, also after the end token (mask_id where none was).
+    trace: `sampler.Trace` of this row alone, B = 1, without padding.
+  """
+
+  text: str
+  full_text: str
+  tokens: np.ndarray
+  trace: sampler_lib.Trace
+
+
+def infill_prompt(ckpt, template):
+  """Token ids of a text with holes: `<|fill:N|>` stands for N masked tokens.
+
+  Raises:
+    ValueError: no hole, or the checkpoint has no mask token.
+  """
+  if ckpt.mask_id < 0:
+    raise ValueError("this checkpoint has no mask token, so it cannot fill holes")
+  pieces = HOLE.split(template)  # text, N, text, N, ..., text
+  if len(pieces) == 1:
+    raise ValueError("the template has no hole; mark one of N tokens with <|fill:N|>")
+  ids = []
+  for i, piece in enumerate(pieces):
+    ids += [ckpt.mask_id] * int(piece) if i % 2 else ckpt.tokenizer.encode(piece)
+  return ids
+
+
+def prompt_ids(ckpt, prompt):
+  """Token ids of a prompt (string or ids), with the begin token if the tokenizer wants one."""
+  if not isinstance(prompt, str):
+    return [int(token) for token in prompt]
+  if ckpt.tokenizer is None:
+    raise ValueError("this checkpoint came without a tokenizer; give prompts as token ids")
+  begin = [ckpt.tokenizer.bos_id] if ckpt.tokenizer.adds_bos else []
+  return begin + list(ckpt.tokenizer.encode(prompt))
+
+
+def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
+  """Completes or infills prompts.
+
+  Args:
+    ckpt: `pretrained.Pretrained`.
+    prompts: strings, or lists of token ids, in which mask ids are holes to fill
+      (`infill_prompt` makes such lists).
+    sampler: `SamplerConfig`; None: its defaults, or left to right for autoregressive weights.
+    seed: int. Prompt i draws from fold_in(key(seed), i): the same tokens whatever the batch.
+    batch_size: prompts sampled together; results do not depend on it.
+  Returns:
+    list of `Completion`, in the order of the prompts.
+  Raises:
+    ValueError: an empty or over-long prompt, a token id outside the vocabulary; names the prompt.
+  """
+  causal = ckpt.config.attention == "causal"
+  config = sampler or SamplerConfig(alg="left_to_right" if causal else "entropy")
+  if ckpt.mask_id < 0 and not (causal and config.alg == "left_to_right"):
+    raise ValueError(
+      "this checkpoint has no mask token: only autoregressive weights with alg='left_to_right' can "
+      "generate without one"
+    )
+  rows = [prompt_ids(ckpt, prompt) for prompt in prompts]
+  for i, row in enumerate(rows):
+    _check_prompt(i, row, ckpt, config)
+  keys = process.row_keys(jax.random.key(seed), max(len(rows), 1))
+  # Alike lengths go together, so that little is padded; rows with other numbers of masks go apart
+  # where that decides the number of steps.
+  steps = [config.steps or row.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
+  order = sorted(range(len(rows)), key=lambda i: (steps[i], len(rows[i])))
+  completions = [None] * len(rows)
+  while order:
+    chosen = [i for i in order[:batch_size] if steps[i] == steps[order[0]]]
+    order = order[len(chosen) :]
+    # The last batch is filled up, so that it needs no program of its own.
+    filled = chosen + chosen[-1:] * (min(batch_size, len(rows)) - len(chosen))
+    now = dataclasses.replace(config, steps=steps[chosen[0]])
+    trace = _sample(ckpt, [rows[i] for i in filled], keys[np.asarray(filled)], now)
+    for j, i in enumerate(chosen):
+      completions[i] = _completion(ckpt, rows[i], jax.tree.map(lambda x, j=j: x[j : j + 1], trace))
+  return completions
+
+
+def _check_prompt(i, row, ckpt, config):
+  if not row:
+    raise ValueError(f"prompt {i} is empty; give at least one token to start from")
+  wrong = [token for token in row if not 0 <= token < ckpt.config.vocab_size]
+  if wrong:
+    raise ValueError(
+      f"prompt {i} has token id {wrong[0]}, outside the vocabulary 0..{ckpt.config.vocab_size - 1}"
+    )
+  length = len(row) + config.max_new_tokens
+  if length > ckpt.config.max_seq_len:
+    raise ValueError(
+      f"prompt {i} is too long: {len(row)} tokens and {config.max_new_tokens} new ones make {length}, "
+      f"the model's context is {ckpt.config.max_seq_len}; shorten it or ask for fewer new tokens"
+    )
+  if not config.max_new_tokens and ckpt.mask_id not in row:
+    raise ValueError(f"prompt {i} has no masks and max_new_tokens is 0: there is nothing to write")
+
+
+def _sample(ckpt, rows, keys, config):
+  """Runs one batch: left-pads the rows to one length and samples. Returns a host `Trace`."""
+  length = max(len(row) for row in rows) + config.max_new_tokens
+  length += -length % LENGTH_STEP
+  shards = 1 if ckpt.mesh is None else sharding.batch_shards(ckpt.mesh)
+  fill = -len(rows) % shards  # rows that the mesh needs and nobody sees
+  rows = rows + rows[-1:] * fill
+  keys = jnp.concatenate([keys, *[keys[-1:]] * fill])
+  canvas_BL = np.zeros((len(rows), length), np.int32)
+  valid_BL = np.zeros((len(rows), length), bool)
+  for b, row in enumerate(rows):
+    row = [*row, *[ckpt.mask_id] * config.max_new_tokens]
+    canvas_BL[b, length - len(row) :] = row
+    valid_BL[b, length - len(row) :] = True
+  run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id)
+  if ckpt.mesh is None:
+    trace = run(ckpt.params, canvas_BL, valid_BL, keys)
+  else:
+    with jax.set_mesh(ckpt.mesh):
+      by_row = sharding.batch_sharding(ckpt.mesh)
+      trace = run(ckpt.params, *(jax.device_put(x, by_row) for x in (canvas_BL, valid_BL, keys)))
+  return jax.device_get(trace)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(model_config, sampler_config, mask_id, eos_id, params, canvas_BL, valid_BL, keys_B):
+  model = Transformer(model_config)
+
+  def logits_fn(canvas_BL, valid_BL):
+    segment_ids_BL = valid_BL.astype(jnp.int32)
+    positions_BL = jnp.maximum(jnp.cumsum(segment_ids_BL, axis=1) - 1, 0)
+    return unembed(params, model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_BL))
+
+  return sampler_lib.generate(
+    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config, mask_id=mask_id, eos_id=eos_id
+  )
+
+
+def _completion(ckpt, prompt, trace):
+  valid_L = trace.valid[0]
+  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim == 2 else x, trace)
+  tokens_L = trace.tokens[0]
+  given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
+  hole_L = given == ckpt.mask_id
+  stop = {ckpt.eos_id, ckpt.pad_id} - {-1}
+  if ckpt.tokenizer is None:
+    return Completion("", "", tokens_L[hole_L], trace)
+  stop |= {ckpt.tokenizer.end_of_turn_id} - {-1}
+  texts, full = [], []
+  for first, last, is_hole in _runs(hole_L):
+    ids = [int(token) for token in tokens_L[first:last]]
+    if is_hole:
+      cut = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+      ids = ids[:cut]
+      texts.append(ckpt.tokenizer.decode([token for token in ids if token != ckpt.mask_id]))
+    full += [token for token in ids if token != ckpt.mask_id]
+  return Completion("\n".join(texts), ckpt.tokenizer.decode(full), tokens_L[hole_L], trace)
+
+
+def _runs(flags_L):
+  """(first, last, flag) of each run of equal flags."""
+  edges = [0, *(np.flatnonzero(np.diff(flags_L)) + 1), len(flags_L)]
+  return [(a, b, bool(flags_L[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, sources and the Grain pipeline."""

@@ -1,0 +1,285 @@
+"""From documents to batches: tokens packed into rows, read at random, the same for any mesh.
+
+The rows of global batch `s` are a pure function of (corpus, seed, s). Processes cut the same batch
+into blocks, so neither their number nor a restart changes what the model sees.
+"""
+
+import hashlib
+import time
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+
+from diffucoder_jax.data import sources
+
+_ENCODE_CHARACTERS = 4_000_000  # encoded at once: bounds the Python lists alive at a time
+_LOG_SECONDS = 10.0
+
+
+class PackedRows:
+  """Documents laid end to end and cut into rows of `seq_len`: a random-access source for Grain.
+
+  Args:
+    tokens: int32 [N], all tokens.
+    starts: int64 [documents], ascending, where each document begins in `tokens`; the first is 0.
+    seq_len: tokens in a row. The last row is padded.
+    pad_id: what to pad with.
+  """
+
+  def __init__(self, tokens, starts, seq_len: int, pad_id: int):
+    self.tokens, self.starts = tokens, starts
+    self.seq_len, self.pad_id = seq_len, pad_id
+
+  def __len__(self):
+    return -(-len(self.tokens) // self.seq_len)
+
+  def __repr__(self):  # Grain compares sources by this when it restores
+    return (f"PackedRows(tokens={len(self.tokens)}, documents={len(self.starts)}, "
+            f"seq_len={self.seq_len})")
+
+  def __getitem__(self, row):
+    """Row `row`: a dict of [seq_len] arrays.
+
+    `tokens` int32; `segment_ids` int32, the document counted from 1 in the row, 0 = padding;
+    `positions` int32 from the start of the segment; `maskable` bool, what is scored: all but
+    padding and each segment's first token, which no output of its own segment predicts because
+    output i - 1 predicts token i.
+    """
+    if not 0 <= row < len(self):
+      raise IndexError(f"row {row} of {len(self)}")
+    begin = row * self.seq_len
+    index_L = np.arange(begin, min(begin + self.seq_len, len(self.tokens)))
+    document_L = np.searchsorted(self.starts, index_L, side="right") - 1
+    # A document that goes on from the row before starts anew here: it cannot see that row.
+    position_L = index_L - np.maximum(self.starts[document_L], begin)
+    empty = self.seq_len - len(index_L)
+    return {
+      "tokens": np.pad(self.tokens[index_L], (0, empty), constant_values=self.pad_id),
+      "segment_ids": np.pad((document_L - document_L[0] + 1).astype(np.int32), (0, empty)),
+      "positions": np.pad(position_L.astype(np.int32), (0, empty)),
+      "maskable": np.pad(position_L > 0, (0, empty)),
+    }
+
+
+class Corpus(NamedTuple):
+  """A tokenised corpus. `fingerprint` is equal where text, tokenizer, seed and row length are."""
+
+  train: PackedRows
+  held_out: PackedRows
+  report: dict[str, float]
+  fingerprint: str
+
+
+def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
+  """Reads, splits, tokenises and packs the corpus.
+
+  Args:
+    data_config: the `data` section; this module reads `held_out` and `seq_len` here.
+    tokenizer: a `Tokenizer`.
+    seed: order of the training documents. Held-out rows do not depend on it.
+  Returns:
+    the corpus; `report` counts documents, held_out_documents, duplicates (kept), empty,
+    undecodable, dropped (these two together), bytes (UTF-8), tokens (without bos and eos),
+    bytes_per_token and, when some are held out, held_out_bytes_per_token.
+  Raises:
+    ValueError: nothing to train on, or a tokenizer that gives ids beyond its vocabulary.
+  """
+  seq_len = data_config.seq_len
+  if seq_len < 2:
+    raise ValueError(f"data.seq_len must be at least 2, got {seq_len}")
+  documents, undecodable = sources.read_documents(data_config)
+  texts = [document for document in documents if document.text]
+  train, held_out = sources.split(texts, data_config.held_out)
+  if not train:
+    raise ValueError(f"nothing to train on: {len(documents)} document(s), {len(held_out)} of them "
+                     "held out; give more documents or lower data.held_out")
+  hashes = {document.name: sources.content_hash(document.text) for document in texts}
+  # The held-out order comes from the texts, so that every run and every seed scores the same rows.
+  held_out = sorted(held_out, key=lambda document: hashes[document.name])
+  train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
+
+  sides = {"train": train, "held_out": held_out}
+  rows, size, tokens = {}, {}, {}
+  for side, side_documents in sides.items():
+    size[side] = sum(len(document.text.encode()) for document in side_documents)
+    encoded = _encode(side_documents, tokenizer)
+    tokens[side] = sum(map(len, encoded))
+    rows[side] = _pack(encoded, tokenizer, seq_len)
+  report = {
+    "documents": len(texts),
+    "held_out_documents": len(held_out),
+    "duplicates": len(texts) - len(set(hashes.values())),
+    "empty": len(documents) - len(texts),
+    "undecodable": len(undecodable),
+    "dropped": len(documents) - len(texts) + len(undecodable),
+    "bytes": sum(size.values()),
+    "tokens": sum(tokens.values()),
+    "bytes_per_token": sum(size.values()) / sum(tokens.values()),
+  }
+  if held_out:
+    report["held_out_bytes_per_token"] = size["held_out"] / tokens["held_out"]
+  logging.info("corpus: %s", ", ".join(f"{key} {value:.4g}" if isinstance(value, float)
+                                       else f"{key} {value}" for key, value in report.items()))
+  parts = [hashes[document.name] for document in (*train, *held_out)]
+  parts += [tokenizer.fingerprint(), str(seq_len)]
+  fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+  return Corpus(rows["train"], rows["held_out"], report, fingerprint)
+
+
+def train_batches(rows: PackedRows, data_config, seed: int, shard=(0, 1)):
+  """Endless training batches, shuffled anew each epoch.
+
+  Args:
+    rows: the training rows.
+    data_config: the `data` section; `global_batch` is read here.
+    seed: order of the rows.
+    shard: (index, count) of `sharding.batch_shard`: block `index` of `count` of each global batch.
+  Returns:
+    a `TrainBatches` iterator over dicts of [global_batch // count, seq_len] arrays.
+  Raises:
+    ValueError: too few rows for one batch, or a batch that does not divide.
+  """
+  global_batch = data_config.global_batch
+  local = _local_rows(global_batch, shard, "data.global_batch")
+  if len(rows) < global_batch:
+    raise ValueError(f"the training text fills {len(rows)} row(s) of {rows.seq_len} tokens, fewer "
+                     f"than data.global_batch={global_batch}; give more text, or a smaller "
+                     "data.global_batch or data.seq_len")
+  index, count = shard
+  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
+  # Batched before it is cut by process: the other way round, rows would move with `count`.
+  dataset = dataset.batch(local, drop_remainder=True)[index::count]
+  # Rows are made in microseconds; a deep buffer would only hold memory.
+  return TrainBatches(iter(dataset.to_iter_dataset(
+    grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))))
+
+
+class TrainBatches:
+  """Iterator over training batches with a state that is plain JSON and fits any process count."""
+
+  def __init__(self, iterator):
+    self._iterator = iterator
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    return next(self._iterator)
+
+  def get_state(self) -> dict:
+    """{"next_index": number of batches given so far}, the same on every process."""
+    return {"next_index": int(self._iterator.get_state()["next_index"])}
+
+  def set_state(self, state: dict) -> None:
+    """Goes on from a state of `get_state`."""
+    self._iterator.set_state({"next_index": int(state["next_index"])})
+
+
+def held_out_batches(rows: PackedRows, count_rows: int, rows_per_batch: int, shard=(0, 1)):
+  """Yields a fixed sample of the held-out rows, the same in every run.
+
+  Args:
+    rows: the held-out rows.
+    count_rows: how many to take; all when there are fewer.
+    rows_per_batch: rows of the global batch. The last batch is filled up with padding rows
+      (`segment_ids` 0, nothing maskable), so that shapes never change.
+    shard: (index, count): which block of each global batch to yield.
+  Raises:
+    ValueError: no held-out rows, or a batch that does not divide.
+  """
+  local = _local_rows(rows_per_batch, shard, "the evaluation batch")
+  if not len(rows) or count_rows < 1:
+    raise ValueError(f"asked for {count_rows} of {len(rows)} held-out rows; raise data.held_out or "
+                     "give more documents (whole documents are held out)")
+  # Neighbouring rows come from the same document, so a sample of few rows is spread out.
+  chosen = np.random.default_rng(0).permutation(len(rows))[:count_rows]
+  return _held_out_batches(rows, chosen, rows_per_batch, shard[0] * local, local)
+
+
+def _held_out_batches(rows, chosen, rows_per_batch, begin, local):
+  padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
+  padding["tokens"] = np.full_like(padding["tokens"], rows.pad_id)
+  for i in range(0, len(chosen), rows_per_batch):
+    block = chosen[i : i + rows_per_batch][begin : begin + local]
+    batch = [rows[row] for row in block] + [padding] * (local - len(block))
+    yield {key: np.stack([row[key] for row in batch]) for key in padding}
+
+
+def unigram_bits_per_byte(train_rows, held_out_rows, token_bytes, count_rows=None) -> float:
+  """Bits per byte of the best guess that sees no context: what a model must beat.
+
+  Token frequencies are counted on the training side (plus one each) and scored on the maskable
+  tokens of the held-out sample. Like a model's own figure it counts the bits of end-of-document
+  tokens, which stand for no bytes.
+
+  Args:
+    train_rows, held_out_rows: `PackedRows`.
+    token_bytes: int32 [vocab_size], from the tokenizer.
+    count_rows: score the rows that `held_out_batches` gives for this number; all when None.
+  Raises:
+    ValueError: no held-out rows.
+  """
+  count_rows = len(held_out_rows) if count_rows is None else count_rows
+  vocab_size = len(token_bytes)
+  counts_V = np.bincount(_scored(train_rows.tokens, train_rows), minlength=vocab_size) + 1.0
+  bits_V = np.log2(counts_V.sum()) - np.log2(counts_V)
+  bits = size = 0.0
+  for batch in held_out_batches(held_out_rows, count_rows, 64):
+    scored = batch["tokens"][batch["maskable"]]
+    bits += bits_V[scored].sum()
+    size += token_bytes[scored].sum(dtype=np.int64)
+  return float(bits / size)
+
+
+def _scored(tokens, rows):
+  """The maskable ones of all tokens, without making the rows."""
+  maskable = np.arange(len(tokens)) % rows.seq_len > 0
+  maskable[rows.starts] = False
+  return tokens[maskable]
+
+
+def _local_rows(rows, shard, name):
+  index, count = shard
+  if rows < 1 or rows % count:
+    raise ValueError(f"{name}={rows} cannot be cut into {count} equal blocks, one for each group "
+                     f"of processes; make it a multiple of {count}")
+  if not 0 <= index < count:
+    raise ValueError(f"shard {index} of {count} does not exist")
+  return rows // count
+
+
+def _encode(documents, tokenizer):
+  """Token ids of each document, as a list of int32 arrays."""
+  encoded, block, characters = [], [], 0
+  logged = time.monotonic()
+  for i, document in enumerate(documents):
+    block.append(document.text)
+    characters += len(document.text)
+    if characters < _ENCODE_CHARACTERS and i + 1 < len(documents):
+      continue
+    encoded += [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(block)]
+    block, characters = [], 0
+    if time.monotonic() - logged > _LOG_SECONDS:
+      logging.info("tokenised %d of %d documents", i + 1, len(documents))
+      logged = time.monotonic()
+  for document, ids in zip(documents, encoded, strict=True):
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+      bad = next(int(i) for i in ids if not 0 <= i < tokenizer.vocab_size)
+      raise ValueError(f"the tokenizer gave token id {bad} for {document.name}, outside its "
+                       f"vocabulary of {tokenizer.vocab_size}; its file is damaged")
+  return encoded
+
+
+def _pack(encoded, tokenizer, seq_len):
+  """[bos] + tokens + [eos] of every document in one array; a -1 among those ids leaves it out."""
+  bos, eos = ([i] if i >= 0 else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
+  parts, starts, end = [], [], 0
+  for ids in encoded:
+    starts.append(end)
+    parts += [np.asarray(bos, np.int32), ids, np.asarray(eos, np.int32)]
+    end += len(bos) + len(ids) + len(eos)
+  tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+  pad_id = tokenizer.pad_id if tokenizer.pad_id >= 0 else 0  # never read: segment 0
+  return PackedRows(tokens, np.asarray(starts, np.int64), seq_len, pad_id)

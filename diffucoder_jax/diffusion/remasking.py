@@ -1,0 +1,129 @@
+"""What to write at each masked position, how sure that is, and which positions to commit.
+
+The strategies are Dream's; reference.md section 3 is matched exactly where Dream behaves. All maths
+is float32 whatever the network's dtype (Dream's own runs it in the logits' dtype).
+"""
+
+import jax
+import jax.numpy as jnp
+
+REMOVED = jnp.finfo(jnp.float32).min  # as in the reference: finite, so that nothing becomes NaN
+
+
+def filter_logits(logits_BLV, temperature=0.0, top_p=1.0, top_k=0):
+  """Temperature, then nucleus, then top-k, in Dream's order; removed logits become `REMOVED`.
+
+  Args:
+    logits_BLV: float32.
+    temperature: divides the logits when > 0; 0 leaves them, but does not skip the other two.
+    top_p: keeps the most likely tokens up to the one whose cumulative probability crosses it.
+    top_k: keeps every logit >= the k-th largest (ties all stay); 0: off.
+  """
+  if temperature > 0:
+    logits_BLV = logits_BLV / temperature
+  if top_p < 1.0:
+    order_BLV = jnp.argsort(-logits_BLV, axis=-1, stable=True)
+    sorted_BLV = jnp.take_along_axis(logits_BLV, order_BLV, axis=-1)
+    cumulative_BLV = jnp.cumsum(jax.nn.softmax(sorted_BLV, axis=-1), axis=-1)
+    # A token goes when the ones before it already exceed top_p: the crossing one stays.
+    gone_BLV = jnp.roll(cumulative_BLV > top_p, 1, axis=-1).at[..., 0].set(False)
+    rank_BLV = jnp.argsort(order_BLV, axis=-1)
+    gone_BLV = jnp.take_along_axis(gone_BLV, rank_BLV, axis=-1)
+    logits_BLV = jnp.where(gone_BLV, REMOVED, logits_BLV)
+  if 0 < top_k < logits_BLV.shape[-1]:
+    kth_BL = jax.lax.top_k(logits_BLV, top_k)[0][..., -1]
+    logits_BLV = jnp.where(logits_BLV < kth_BL[..., None], REMOVED, logits_BLV)
+  return logits_BLV
+
+
+def draw_tokens(logits_BLV, filtered_BLV, mask_id, gumbel_BLV=None):
+  """The reference's token at each position, and the one to write, which is never `mask_id`.
+
+  Args:
+    logits_BLV: float32, as the network gave them.
+    filtered_BLV: `filter_logits` of them.
+    mask_id: int.
+    gumbel_BLV: Gumbel noise for a draw; None: the most likely token (first on ties).
+  Returns:
+    (drawn_BL, tokens_BL, probs_BLV): `drawn` is what confidence is measured on. Where it is MASK
+    the reference writes it, so that the position silently stays masked, perhaps to the end; here
+    the best other token is written. Order and confidence stay the reference's.
+  """
+  probs_BLV = jax.nn.softmax(filtered_BLV, axis=-1)
+  if gumbel_BLV is None:
+    drawn_BL = jnp.argmax(probs_BLV, axis=-1)
+  else:
+    kept_BLV = jnp.where(filtered_BLV > REMOVED, filtered_BLV + gumbel_BLV, -jnp.inf)
+    drawn_BL = jnp.argmax(kept_BLV, axis=-1)
+  is_mask_11V = (jnp.arange(logits_BLV.shape[-1]) == mask_id)[None, None, :]
+  other_BL = jnp.argmax(jnp.where(is_mask_11V, -jnp.inf, logits_BLV), axis=-1)
+  tokens_BL = jnp.where(drawn_BL == mask_id, other_BL, drawn_BL)
+  return drawn_BL.astype(jnp.int32), tokens_BL.astype(jnp.int32), probs_BLV
+
+
+def negative_entropy(probs_BLV):
+  """Sum of p log(p + 1e-10), nats: higher is surer. Of the filtered, tempered distribution."""
+  return jnp.sum(probs_BLV * jnp.log(probs_BLV + 1e-10), axis=-1)
+
+
+def probability(probs_BLV, tokens_BL):
+  """Probability of the chosen tokens."""
+  return jnp.take_along_axis(probs_BLV, tokens_BL[..., None], axis=-1)[..., 0]
+
+
+def _margin(probs_BLV, drawn_BL):
+  top_BL2 = jax.lax.top_k(probs_BLV, 2)[0]
+  return top_BL2[..., 0] - top_BL2[..., 1]
+
+
+def _leftmost(probs_BLV, drawn_BL):
+  return jnp.broadcast_to(-jnp.arange(drawn_BL.shape[1], dtype=jnp.float32), drawn_BL.shape)
+
+
+# How sure a position is: (probs_BLV, drawn_BL) -> float32 [B, L], higher commits first.
+CONFIDENCE = {
+  "origin": probability,  # recorded only: origin picks positions at random
+  "maskgit_plus": probability,
+  "topk_margin": _margin,  # of the two best, whatever was drawn
+  "entropy": lambda probs_BLV, drawn_BL: negative_entropy(probs_BLV),
+  "left_to_right": _leftmost,  # the order of an autoregressive model
+}
+
+
+def commit_count(alg, masked_B, step, steps, ratios_T):
+  """How many masked positions each row commits at this step, int32 [B].
+
+  Args:
+    alg: strategy name.
+    masked_B: int32, masks left in each row.
+    step: this step's index (traced); steps: their number.
+    ratios_T: `commit_ratios(steps, eps)`.
+
+  Dream truncates masked * (1 - s / t) and commits the rest at the last step, which makes the first
+  step of N commit nothing and the last one two. It uses the batch's mean number of masks for every
+  row, so a row with fewer masks overwrites its prompt; here each row counts its own.
+  `left_to_right` spreads the masks evenly instead, one a step when there are enough steps.
+  """
+  if alg == "left_to_right":
+    return (masked_B + steps - step - 1) // (steps - step)
+  truncated_B = (masked_B.astype(jnp.float32) * ratios_T[step]).astype(jnp.int32)
+  return jnp.where(step == steps - 1, masked_B, truncated_B)
+
+
+def commit_ratios(steps, eps):
+  """Share of the remaining masks to commit at each step, float32 [steps]: 1 - s / t."""
+  t = jnp.linspace(1.0, eps, steps + 1, dtype=jnp.float32)
+  return 1.0 - t[1:] / t[:-1]
+
+
+def choose_positions(confidence_BL, masked_BL, count_B, gumbel_BL=None):
+  """The `count_B` surest masked positions of each row, bool [B, L]; lowest index first on ties.
+
+  With `gumbel_BL` (confidence already divided by alg_temp) the positions are drawn without
+  replacement from softmax(confidence), which is what the largest perturbed scores are.
+  """
+  scores_BL = confidence_BL if gumbel_BL is None else confidence_BL + gumbel_BL
+  scores_BL = jnp.where(masked_BL, scores_BL, -jnp.inf)
+  order_BL = jnp.argsort(-scores_BL, axis=1, stable=True)
+  rank_BL = jnp.argsort(order_BL, axis=1)
+  return (rank_BL < count_B[:, None]) & masked_BL

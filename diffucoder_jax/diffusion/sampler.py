@@ -1,0 +1,216 @@
+"""Iterative unmasking: from a canvas with masks to tokens, and the trace of how they came.
+
+`generate` is one pure function to call under `jax.jit`; it compiles once per shape and config. It
+matches Dream's `diffusion_generate` token for token at temperature 0 (reference.md, section 3),
+except that each row follows its own number of masks, MASK is never drawn, and steps that commit
+nothing cost no network evaluation.
+"""
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffucoder_jax.diffusion import process, remasking
+
+TRACE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  """How to denoise. Defaults are DiffuCoder's README for the base model.
+
+  Attributes:
+    alg: remasking strategy, a key of `remasking.CONFIDENCE`.
+    steps: denoising steps; 0 means one per mask of the row (holes and new tokens).
+    max_new_tokens: masks appended to a prompt.
+    temperature: 0 takes the most likely token; > 0 draws, and changes the order of unmasking too.
+    top_p: nucleus; 1 is off.
+    top_k: 0 is off. Dream under transformers 4.46-4.57 runs with 50 unless told otherwise; pass 50
+      to match it.
+    alg_temp: 0 commits the surest positions; > 0 draws them from softmax(confidence / alg_temp).
+    eps: the last noise level of the schedule.
+    stop_at_eos: a row stops when all before its first end token is committed; the masks after it
+      stay masks.
+  """
+
+  alg: str = "entropy"
+  steps: int = 0
+  max_new_tokens: int = 256
+  temperature: float = 0.2
+  top_p: float = 0.95
+  top_k: int = 0
+  alg_temp: float = 0.0
+  eps: float = 1e-3
+  stop_at_eos: bool = False
+
+  def __post_init__(self):
+    def check(name, good, remedy):
+      if not good:
+        raise ValueError(f"sampler.{name} is {getattr(self, name)!r}; {remedy}")
+
+    check("alg", self.alg in remasking.CONFIDENCE, f"choose one of {sorted(remasking.CONFIDENCE)}")
+    check("steps", self.steps >= 0, "use 0 for one step per new token, or a positive number")
+    check("max_new_tokens", self.max_new_tokens >= 0, "use 0 (infill only) or more")
+    check("temperature", self.temperature >= 0, "use 0 or more")
+    check("top_p", 0 < self.top_p <= 1, "use a number in (0, 1]")
+    check("top_k", self.top_k >= 0, "use 0 (off) or more")
+    check("alg_temp", self.alg_temp >= 0, "use 0 or more")
+    check("eps", 0 < self.eps < 1, "use a number in (0, 1)")
+
+
+@flax.struct.dataclass
+class Trace:
+  """A finished canvas and how it came to be; the arrays are [B, L] unless said otherwise.
+
+  Tokens never change once committed, so this is the whole history: the canvas after step s shows
+  `tokens` where `step <= s` and masks elsewhere.
+  """
+
+  tokens: jax.Array  # int32
+  step: jax.Array  # int32, step that committed the token; -1: given, or never committed
+  confidence: jax.Array  # float32, the strategy's confidence at that step
+  entropy: jax.Array  # float32, nats, of the filtered distribution at that step
+  nfe: jax.Array  # int32 [B], network evaluations that could commit something in the row
+  valid: jax.Array  # bool, False on padding
+
+
+def history(trace, mask_id):
+  """Canvases after each step, int32 [steps, B, L], up to the last step that committed something."""
+  tokens, step = np.asarray(trace.tokens), np.asarray(trace.step)
+  return np.stack([np.where(step <= s, tokens, mask_id) for s in range(step.max(initial=0) + 1)])
+
+
+def save_trace(path, trace):
+  """Writes a trace as .npz, with a version field."""
+  arrays = {name: np.asarray(value) for name, value in vars(trace).items()}
+  with open(path, "wb") as f:
+    np.savez_compressed(f, version=TRACE_VERSION, **arrays)
+
+
+def load_trace(path):
+  """Reads what `save_trace` wrote."""
+  with np.load(path) as data:
+    arrays = dict(data)
+  version = int(arrays.pop("version"))
+  if version != TRACE_VERSION:
+    raise ValueError(f"{path} holds a trace of version {version}; this code reads {TRACE_VERSION}")
+  return Trace(**arrays)
+
+
+def _noise(row_keys_B, step, logical_BL):
+  """One key per position, from (row key, step, position among the row's real tokens).
+
+  Padding and neighbours are not in it, so they cannot change what a row draws.
+  """
+
+  def row(key, logical_L):
+    key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(logical_L)
+
+  return jax.vmap(row)(row_keys_B, logical_BL)
+
+
+def _gumbel(keys_BL, purpose, shape=()):
+  draw = lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), shape)  # noqa: E731
+  return jax.vmap(jax.vmap(draw))(keys_BL)
+
+
+def _finished(canvas_BL, generated_BL, mask_id, eos_id, stop_at_eos):
+  """Rows that need no further step."""
+  masked_BL = (canvas_BL == mask_id) & generated_BL
+  if stop_at_eos:
+    ended_BL = jnp.cumsum((canvas_BL == eos_id) & generated_BL, axis=1) > 0
+    masked_BL &= ~ended_BL
+  return ~jnp.any(masked_BL, axis=1)
+
+
+def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1):
+  """Denoises a canvas.
+
+  Args:
+    logits_fn: (canvas_BL int32, valid_BL bool) -> logits_BLV float32, target-aligned: logits[:, i]
+      scores token i.
+    canvas: int32 [B, L]; `mask_id` marks what is to be written, wherever it stands.
+    valid: bool [B, L], False on padding (either side).
+    keys: typed PRNG keys [B], one per row: same row and key, same tokens, whatever the batch. Read
+      only when something is drawn.
+    config: `SamplerConfig`.
+    mask_id, eos_id: ids; `eos_id` is read by `stop_at_eos`.
+  Returns:
+    `Trace`.
+  """
+  c = config
+  if c.stop_at_eos and eos_id < 0:
+    raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
+  steps = c.steps or c.max_new_tokens
+  if steps < 1:
+    raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
+  ratios_T = remasking.commit_ratios(steps, c.eps)
+  generated_BL = (canvas == mask_id) & valid
+  logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+
+  def evaluate(step, trace, count_B, active_B):
+    canvas_BL = trace.tokens
+    masked_BL = (canvas_BL == mask_id) & generated_BL & active_B[:, None]
+    logits_BLV = logits_fn(canvas_BL, valid).astype(jnp.float32)
+    draws = c.temperature > 0 or c.alg_temp > 0 or c.alg == "origin"
+    keys_BL = _noise(keys, step, logical_BL) if draws else None
+    with jax.named_scope("choose_tokens"):
+      filtered_BLV = remasking.filter_logits(logits_BLV, c.temperature, c.top_p, c.top_k)
+      gumbel_BLV = _gumbel(keys_BL, 0, logits_BLV.shape[-1:]) if c.temperature > 0 else None
+      drawn_BL, tokens_BL, probs_BLV = remasking.draw_tokens(
+        logits_BLV, filtered_BLV, mask_id, gumbel_BLV
+      )
+      confidence_BL = remasking.CONFIDENCE[c.alg](probs_BLV, drawn_BL)
+      entropy_BL = -remasking.negative_entropy(probs_BLV)
+    with jax.named_scope("choose_positions"):
+      if c.alg == "origin":  # each position on its own, so the number committed varies
+        u_BL = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1))))(keys_BL)
+        chance = jnp.where(step == steps - 1, 1.0, ratios_T[step])
+        chosen_BL = masked_BL & (u_BL < chance)
+      elif c.alg_temp > 0:
+        scores_BL = confidence_BL / c.alg_temp
+        chosen_BL = remasking.choose_positions(scores_BL, masked_BL, count_B, _gumbel(keys_BL, 1))
+      else:
+        chosen_BL = remasking.choose_positions(confidence_BL, masked_BL, count_B)
+    return trace.replace(
+      tokens=jnp.where(chosen_BL, tokens_BL, canvas_BL),
+      step=jnp.where(chosen_BL, step, trace.step),
+      confidence=jnp.where(chosen_BL, confidence_BL, trace.confidence),
+      entropy=jnp.where(chosen_BL, entropy_BL, trace.entropy),
+      nfe=trace.nfe + active_B.astype(jnp.int32),
+    )
+
+  def body(carry):
+    step, trace = carry
+    alive_B = ~_finished(trace.tokens, generated_BL, mask_id, eos_id, c.stop_at_eos)
+    left_B = jnp.sum((trace.tokens == mask_id) & generated_BL, axis=1)
+    count_B = remasking.commit_count(c.alg, left_B, step, steps, ratios_T)
+    active_B = alive_B & ((count_B > 0) | (c.alg == "origin"))
+    skip = lambda step, trace, *_: trace  # noqa: E731
+    trace = jax.lax.cond(jnp.any(active_B), evaluate, skip, step, trace, count_B, active_B)
+    return step + 1, trace
+
+  def unfinished(carry):
+    step, trace = carry
+    finished_B = _finished(trace.tokens, generated_BL, mask_id, eos_id, c.stop_at_eos)
+    return (step < steps) & ~jnp.all(finished_B)
+
+  zeros_BL = jnp.zeros(canvas.shape, jnp.float32)
+  start = Trace(
+    tokens=canvas,
+    step=jnp.full(canvas.shape, -1, jnp.int32),
+    confidence=zeros_BL,
+    entropy=zeros_BL,
+    nfe=jnp.zeros(canvas.shape[0], jnp.int32),
+    valid=valid,
+  )
+  return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start))[1]
+
+
+def row_keys(seed, rows):
+  """The keys of rows 0..rows-1 of a seed, for `generate`."""
+  return process.row_keys(jax.random.key(seed), rows)

@@ -1,0 +1,378 @@
+"""Pictures of one denoising: replayed state by state, as an SVG drawing, and live in a terminal.
+
+Everything here reads a `Trace` of diffusion/sampler.py (or anything with its fields as numpy
+arrays): tokens [B, L] int32, step [B, L] int32 (0-based step that committed the token, -1 = given
+or never committed), confidence and entropy [B, L] float32, nfe [B] int32, valid [B, L] bool.
+Because a committed token never changes, `step` is the whole history. People count from one, so the
+pictures show `step + 1`.
+"""
+
+import html
+import shutil
+import sys
+import time
+import unicodedata
+from typing import NamedTuple
+
+import numpy as np
+
+# Viridis made light enough that dark text reads on every colour: lightness still rises from early
+# (violet) to late (yellow), so the order survives colour blindness and grey print.
+_ANCHORS = ((157, 134, 221), (127, 165, 232), (96, 190, 205), (125, 210, 140), (253, 231, 60))
+# Named colours of the drawing: (light page, dark page).
+THEME = {
+  "page": ("#ffffff", "#16181d"),
+  "ink": ("#1c1e22", "#e4e6ea"),
+  "faint": ("#656a73", "#9aa0aa"),
+  "masked": ("#dfe2e6", "#3a3f48"),
+  "given": ("#f3f4f6", "#22262d"),
+  "token": ("#16181d", "#16181d"),  # text on a step colour: dark on both pages
+}
+CELL, LINE, SIZE, MARGIN = 8.0, 21.0, 13.0, 16.0  # pixels: cell width, line height, font, border
+PLOT_HEIGHT, LABELS = 170.0, 44.0  # pixels: the position-by-step plot, the room left of it
+TAB = "    "
+
+
+class Box(NamedTuple):
+  """A filled rectangle in pixels; `colour` is a THEME name or "#rrggbb"; `title` shows on hover."""
+
+  x: float
+  y: float
+  width: float
+  height: float
+  colour: str
+  title: str = ""
+
+
+class Text(NamedTuple):
+  """One line of text whose baseline is at y; with a `width` it is monospace of that many pixels."""
+
+  x: float
+  y: float
+  text: str
+  colour: str
+  anchor: str = "start"
+  width: float = 0.0
+
+
+def step_colour(fraction):
+  """The "#rrggbb" of a share of the denoising: 0.0 = first step (violet), 1.0 = last (yellow)."""
+  place = min(max(fraction, 0.0), 1.0) * (len(_ANCHORS) - 1)
+  i = min(int(place), len(_ANCHORS) - 2)
+  mixed = (a + (b - a) * (place - i) for a, b in zip(_ANCHORS[i], _ANCHORS[i + 1], strict=True))
+  return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
+
+
+def first_state(trace, row, mask_id):
+  """The canvas before anything was denoised, int32 [L]: `mask_id` where a step commits a token."""
+  tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
+  return np.where(step_L >= 0, mask_id, tokens_L).astype(np.int32)
+
+
+def states(trace, row, mask_id):
+  """Yields the tokens, int32 [L], after each denoising step that committed something in this row.
+
+  The last state is `trace.tokens[row]`; a row in which nothing was committed yields nothing.
+  """
+  tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
+  state_L = first_state(trace, row, mask_id)
+  for step in np.unique(step_L[step_L >= 0]):
+    state_L = np.where(step_L == step, tokens_L, state_L).astype(np.int32)
+    yield state_L
+
+
+def pieces(ids, tokenizer):
+  """The text each token adds to its row, so that joining the pieces gives the row's text.
+
+  A character whose bytes are spread over several tokens goes to the last of them.
+
+  Args:
+    ids: int sequence.
+  Returns:
+    A list as long as `ids`: str (may be empty), or None for special tokens (mask, padding, end).
+  """
+  special = set(tokenizer.special_ids.values())
+  found, held = [], []
+  for token in map(int, ids):
+    if token in special:
+      if held:
+        found[-1] = tokenizer.decode(held)
+      found.append(None)
+      held = []
+      continue
+    held.append(token)
+    text = tokenizer.decode(held)
+    if text.endswith("\ufffd") and len(held) < 4:  # perhaps the first bytes of a longer character
+      found.append("")
+    else:
+      found.append(text)
+      held = []
+  if held:
+    found[-1] = tokenizer.decode(held)
+  return found
+
+
+def _printable(text):
+  """Neither XML nor a terminal may see control characters that a model made up."""
+  text = text.replace("\r\n", "\n").replace("\t", TAB)
+  return "".join(
+    c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text
+  )
+
+
+def _cells(text):
+  """How many monospace cells a text takes; wide East Asian characters take two, accents none."""
+  wide = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+  return wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+def _wrapped(tokens, columns):
+  """Lays (text, tag) tokens out in lines: yields (line, column, text, tag), "\\n" by itself."""
+  line, column = 0, 0
+  for text, tag in tokens:
+    for part in text.splitlines(keepends=True):
+      body, newline = (part[:-1], True) if part.endswith("\n") else (part, False)
+      while body:
+        if column and column + _cells(body) > columns:
+          line, column = line + 1, 0
+        fits = body[:columns] if _cells(body) > columns else body
+        yield line, column, fits, tag
+        column, body = column + _cells(fits), body[len(fits) :]
+      if newline:
+        yield line, column, "\n", tag
+        line, column = line + 1, 0
+
+
+# The drawing: a list of boxes and texts, which `svg` here and `png` in report.py put on a page.
+
+
+def _text_panel(shapes, trace, row, tokenizer, columns, colour_of, steps, top):
+  """Adds the row as code, each committed token on the colour of its step; returns the bottom."""
+  shown = np.flatnonzero(np.asarray(trace.valid[row]))
+  ids_L = np.asarray(trace.tokens[row])[shown]
+  step_L = np.asarray(trace.step[row])[shown]
+  texts = pieces(ids_L, tokenizer)
+  masked_L = ids_L == tokenizer.mask_id
+  # A canvas is often longer than its program: a sentence stands for what follows the end token.
+  written = np.flatnonzero([text is not None for text in texts])
+  ends = [i for i in range(written[-1] + 1 if len(written) else 0, len(texts)) if not masked_L[i]]
+  end = ends[0] if ends else len(texts)
+  tokens = []
+  for i, text in enumerate(texts[: end + 1]):
+    committed = step_L[i] >= 0
+    if masked_L[i]:
+      tokens.append(("\u2592", ("masked", "never committed")))
+    elif text is None and not committed:
+      continue  # the beginning and end tokens of the prompt are no part of its text
+    else:
+      name = tokenizer.decode([int(ids_L[i])], skip_special=False) if text is None else text
+      title = ""
+      if committed:
+        confidence, entropy = (float(x[row][shown[i]]) for x in (trace.confidence, trace.entropy))
+        title = (
+          f"{name!r}, step {step_L[i] + 1} of {steps}, confidence {confidence:.3f}, "
+          f"entropy {entropy:.3f} nats"
+        )
+      colour = colour_of(step_L[i]) if committed else ""
+      tokens.append(("\u25a0" if text is None else _printable(text), (colour, title)))
+  masks = int(masked_L[end + 1 :].sum())
+  said = [f"{len(ends)} end tokens"] * (len(ends) > 1) + [f"{masks} left masked"] * (masks > 0)
+  if said:
+    tokens.append(("  " + ", ".join(said), ("", "")))
+  bottom = top
+  for line, column, text, (colour, title) in _wrapped(tokens, columns):
+    x, y = MARGIN + column * CELL, top + line * LINE
+    bottom = max(bottom, y + LINE)
+    width = CELL * (1 if text == "\n" else _cells(text))
+    if colour:
+      # Half a pixel of air on each side keeps neighbours of one step apart.
+      shapes.append(Box(x + 0.5, y + 1, width - 1, LINE - 2, colour, _printable(title)))
+    if text == "\n":
+      text = "\u21b5" if colour else ""
+    body = text.strip(" ")
+    if body and colour != "masked":
+      x += CELL * _cells(text[: text.index(body)])
+      ink = "token" if colour else "ink"
+      shapes.append(Text(x, y + 15, body, ink, "start", CELL * _cells(body)))
+  return bottom
+
+
+def _plot_panel(shapes, trace, row, mask_id, colour_of, steps, width, top):
+  """Adds position by step: a column is grey until its token is committed; returns the bottom."""
+  tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
+  open_L = (step_L >= 0) | (np.asarray(trace.valid[row]) & (tokens_L == mask_id))
+  first, last = np.flatnonzero(open_L)[[0, -1]]
+  left = MARGIN + LABELS
+  across, down = (width - left - MARGIN) / (last - first + 1), PLOT_HEIGHT / (steps + 1)
+  bottom = top + PLOT_HEIGHT
+  for i in range(first, last + 1):
+    x, w = left + (i - first) * across, across * (0.92 if across > 4 else 1.0)
+    if not open_L[i]:
+      shapes.append(Box(x, top, w, PLOT_HEIGHT, "given", f"position {i}: given"))
+      continue
+    # Row 0 of the plot is the canvas before the first step.
+    y = top + down * (step_L[i] + 1) if step_L[i] >= 0 else bottom
+    shapes.append(Box(x, top, w, y - top, "masked", f"position {i}: masked"))
+    if y < bottom:
+      title = f"position {i}: committed at step {step_L[i] + 1}"
+      shapes.append(Box(x, y, w, bottom - y, colour_of(step_L[i]), title))
+  for step in sorted({0, steps // 2, steps}):
+    shapes.append(Text(left - 6, top + down * (step + 0.5) + 4, str(step), "faint", "end"))
+  shapes.append(Text(MARGIN, top - 8, "step \u2193", "faint"))
+  for i, anchor in ((first, "start"), ((first + last) // 2, "middle"), (last, "end")):
+    x = left + (i - first + {"start": 0, "middle": 0.5, "end": 1}[anchor]) * across
+    label = f"position {i}" if i == first else str(i)
+    shapes.append(Text(x, bottom + 15, label, "faint", anchor))
+  return bottom + LINE
+
+
+def draw(trace, row, tokenizer, columns=88):
+  """Draws one row of a trace: position by step above, the code coloured by commit step below.
+
+  Args:
+    trace: see the module's header. row: int. tokenizer: a data.tokenizer.Tokenizer.
+    columns: longest line of the code panel in characters; longer lines are wrapped.
+  Returns:
+    (shapes, width, height): a list of Box and Text, and the size of the page in pixels.
+  Raises:
+    ValueError: there is no such row, or nothing was denoised in it.
+  """
+  if not 0 <= row < len(trace.tokens):
+    raise ValueError(f"the trace has {len(trace.tokens)} rows, so there is no row {row} to draw")
+  step_L = np.asarray(trace.step[row])
+  if not (step_L >= 0).any():
+    raise ValueError(f"row {row} of the trace has no token that was denoised: draw another row")
+  steps = int(step_L.max()) + 1
+  width = 2 * MARGIN + columns * CELL
+
+  def colour_of(step):
+    return step_colour(step / max(steps - 1, 1))
+
+  nfe = int(trace.nfe[row])
+  shapes = [
+    Text(MARGIN, 26, "One completion as it was denoised, step by position", "ink"),
+    Text(MARGIN, 45, f"{(step_L >= 0).sum()} tokens, {nfe} network evaluations", "faint"),
+  ]
+  # The colour bar, top right.
+  bar, x, y = 120, width - MARGIN - 120, 34
+  for i in range(steps if steps < bar else bar):
+    piece = bar / min(steps, bar)
+    colour = step_colour(i / max(min(steps, bar) - 1, 1))
+    shapes.append(Box(x + i * piece, y, piece + 0.3, 11, colour))
+  shapes += [
+    Text(x + bar / 2, y - 8, "committed at step", "faint", "middle"),
+    Text(x - 6, y + 10, "1", "faint", "end"),
+    Text(x + bar, y + 25, str(steps), "faint", "end"),
+  ]
+  y = _plot_panel(shapes, trace, row, tokenizer.mask_id, colour_of, steps, width, 86.0)
+  y = _text_panel(shapes, trace, row, tokenizer, columns, colour_of, steps, y + LINE)
+  return shapes, width, y + MARGIN
+
+
+def _svg_shape(shape):
+  """One Box or Text as an SVG element."""
+  fill = f'fill="{shape.colour}"' if shape.colour[0] == "#" else f'class="{shape.colour}"'
+  if isinstance(shape, Box):
+    title = f"<title>{html.escape(shape.title)}</title>" if shape.title else ""
+    return (
+      f'<rect x="{shape.x:.2f}" y="{shape.y:.2f}" width="{shape.width:.2f}" '
+      f'height="{shape.height:.2f}" {fill}>{title}</rect>'
+    )
+  # A fixed length keeps text on its box whichever monospace font the reader has.
+  mono = ' font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace"'
+  fixed = f'{mono} textLength="{shape.width:.2f}" lengthAdjust="spacingAndGlyphs"'
+  anchor = f' text-anchor="{shape.anchor}"' if shape.anchor != "start" else ""
+  return (
+    f'<text x="{shape.x:.2f}" y="{shape.y:.2f}" {fill}{anchor}{fixed if shape.width else ""}>'
+    f"{html.escape(shape.text)}</text>"
+  )
+
+
+def svg(trace, row, tokenizer, columns=88):
+  """Draws one row of a trace as a self-contained SVG string (light and dark); see `draw`."""
+  shapes, width, height = draw(trace, row, tokenizer, columns)
+  styles = [
+    "".join(f".denoising .{name}{{fill:{colours[dark]}}}" for name, colours in THEME.items())
+    for dark in (0, 1)
+  ]
+  return "\n".join([
+    f'<svg xmlns="http://www.w3.org/2000/svg" class="denoising" width="{width:g}" '
+    f'height="{height:g}" viewBox="0 0 {width:g} {height:g}" font-size="{SIZE:g}" role="img" '
+    'font-family="system-ui, Helvetica, Arial, sans-serif" xml:space="preserve">',
+    "<title>One completion drawn as it was denoised, step by position</title>",
+    f"<style>.denoising text{{pointer-events:none}}{styles[0]}"
+    f"@media (prefers-color-scheme: dark){{{styles[1]}}}</style>",
+    f'<rect class="page" width="{width:g}" height="{height:g}"/>',
+    *map(_svg_shape, shapes),
+    "</svg>",
+  ])
+
+
+# The terminal.
+
+_ANSI = {"given": "", "masked": "\x1b[2m", "committed": "\x1b[32m", "new": "\x1b[30;42m"}
+
+
+def ansi(tokens, previous, first, tokenizer, columns=88):
+  """One state as text with ANSI colours, one string per line, no line wider than `columns`.
+
+  Args:
+    tokens, previous, first: int [L], this state, the one before it and the first one, without
+      padding.
+  Returns:
+    A list of str. Masked positions are a dim `\u2592`, tokens committed since `previous` dark on
+    green, earlier ones green, given ones plain. End tokens are not drawn.
+  """
+  styled = []
+  for i, text in enumerate(pieces(tokens, tokenizer)):
+    if tokens[i] == tokenizer.mask_id:
+      styled.append(("\u2592", "masked"))
+    elif text is not None:
+      new = "new" if previous[i] == tokenizer.mask_id else "committed"
+      style = new if first[i] == tokenizer.mask_id else "given"
+      styled.append((_printable(text), style))
+  lines = [""]
+  for line, _, text, style in _wrapped(styled, columns - 1):
+    lines += [""] * (line + 1 - len(lines))
+    if text == "\n":
+      text = "\u21b5" if style == "new" else ""
+    if text:
+      lines[line] += f"{_ANSI[style]}{text}\x1b[0m" if _ANSI[style] else text
+  return lines
+
+
+def render_terminal(trace, row, tokenizer, delay=0.08, out=None):
+  """Plays one row's denoising in the terminal, each state over the one before it.
+
+  Where `out` is not a terminal (a pipe, a log file) only the last state is written, without colours
+  or cursor movements.
+
+  Args:
+    delay: seconds each state stays. out: a text stream; standard output when None.
+  """
+  out = sys.stdout if out is None else out
+  valid_L = np.asarray(trace.valid[row], bool)
+  first_L = first_state(trace, row, tokenizer.mask_id)[valid_L]
+  if not out.isatty():
+    texts = pieces(np.asarray(trace.tokens[row])[valid_L], tokenizer)
+    out.write(_printable("".join(text or "" for text in texts)) + "\n")
+    return
+  size = shutil.get_terminal_size()
+  height, previous_L, shown = 0, first_L, None
+  out.write("\x1b[?25l")  # hide the cursor
+  try:
+    for state in (first_L, *(s[valid_L] for s in states(trace, row, tokenizer.mask_id)), None):
+      # The last frame is the finished row: nothing new in it, no masks behind its end token.
+      now_L = previous_L if state is None else state
+      keep_L = (now_L != tokenizer.mask_id) | (state is not None)
+      kept = (x[keep_L] for x in (now_L, previous_L, first_L))
+      shown = ansi(*kept, tokenizer, size.columns)
+      if state is not None:  # while it moves, only what fits on the screen
+        shown = shown[-(size.lines - 1) :]
+      out.write((f"\x1b[{height}A" if height else "") + "\r\x1b[J" + "\n".join(shown) + "\n")
+      out.flush()
+      height, previous_L = len(shown), now_L
+      time.sleep(delay if state is not None else 0)
+  finally:
+    out.write("\x1b[?25h")
+    out.flush()

@@ -1,0 +1,143 @@
+"""Completes or infills text from a workdir, a checkpoint or a Hugging Face folder.
+
+  python -m diffucoder_jax.generate --checkpoint PATH --prompt 'def is_prime(n):' --show
+  python -m diffucoder_jax.generate --checkpoint PATH --infill 'def f(x):<|fill:20|>    return y'
+  python -m diffucoder_jax.generate --checkpoint PATH --prompts FILE.jsonl --output OUT.jsonl --traces DIR
+  echo 'import os' | python -m diffucoder_jax.generate --checkpoint PATH
+
+`--prompts` lines are {"prompt": text} or {"infill": text with <|fill:N|> holes}; other fields are
+kept. Everything read is checked before the model is loaded.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+from etils import epath
+
+from diffucoder_jax import completion
+from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.evals import trace as trace_pictures
+from diffucoder_jax.pretrained import from_pretrained
+from diffucoder_jax.runtime import sharding
+
+
+def parse_arguments(argv=None):
+  """Command line; the fields of `SamplerConfig` are flags, left to the checkpoint's kind if unset."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--checkpoint", required=True, help="workdir, checkpoint or Hugging Face folder")
+  source = parser.add_mutually_exclusive_group()
+  source.add_argument("--prompt", action="append", help="text to continue; may be given again")
+  source.add_argument("--infill", action="append", help="text with <|fill:N|> holes of N tokens")
+  source.add_argument("--prompts", help="jsonl file of prompts; '-' or no flag: text on stdin")
+  parser.add_argument("--output", help="write jsonl here: the input's fields, completion, nfe")
+  parser.add_argument("--traces", help="folder for one .npz trace per prompt")
+  parser.add_argument("--show", action="store_true", help="draw the denoising as it happens")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's")
+  for axis in sharding.AXES:
+    parser.add_argument(f"--{axis}", type=int, default=1, help=f"mesh size along {axis}")
+  for field in dataclasses.fields(sampler.SamplerConfig):
+    kind = (lambda text: text.lower() in ("1", "true", "yes")) if field.type is bool else field.type
+    parser.add_argument(f"--{field.name}", type=kind, help=f"sampler (default {field.default})")
+  return parser.parse_args(argv)
+
+
+def read_requests(args):
+  """The prompts as dicts with "prompt" or "infill".
+
+  Raises:
+    ValueError: names the line that holds neither.
+  """
+  if args.prompt or args.infill:
+    kind = "prompt" if args.prompt else "infill"
+    return [{kind: text} for text in args.prompt or args.infill]
+  if args.prompts in (None, "-"):
+    return [{"prompt": sys.stdin.read()}]
+  requests = []
+  for number, line in enumerate(epath.Path(args.prompts).read_text().splitlines(), 1):
+    try:
+      request = json.loads(line)
+    except ValueError as error:
+      raise ValueError(f"{args.prompts} line {number} is not JSON: {error}") from error
+    if not isinstance(request, dict) or ("prompt" in request) == ("infill" in request):
+      raise ValueError(f'{args.prompts} line {number} needs either "prompt" or "infill"')
+    requests.append(request)
+  if not requests:
+    raise ValueError(f"{args.prompts} holds no prompts")
+  return requests
+
+
+def sampler_config(args, causal, infill):
+  """`SamplerConfig` of the flags that were given, on defaults that suit the checkpoint."""
+  names = [field.name for field in dataclasses.fields(sampler.SamplerConfig)]
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  defaults = {"alg": "left_to_right"} if causal else {}
+  if infill:
+    defaults["max_new_tokens"] = 0
+  return sampler.SamplerConfig(**{**defaults, **given})
+
+
+def main(args):
+  """Answers every request, prints the text, and writes what was asked for."""
+  requests = read_requests(args)
+  mesh = None
+  sizes = {axis: getattr(args, axis) for axis in sharding.AXES}
+  if any(size != 1 for size in sizes.values()):
+    mesh = sharding.make_mesh(sizes)
+  ckpt = from_pretrained(args.checkpoint, mesh=mesh, param_dtype=args.param_dtype)
+  if ckpt.tokenizer is None:
+    raise ValueError(f"{args.checkpoint} has no tokenizer file; add one, or use the Python API with ids")
+
+  results = [None] * len(requests)
+  began, written, evaluations = time.monotonic(), 0, 0
+  for infill in (False, True):
+    chosen = [i for i, request in enumerate(requests) if ("infill" in request) == infill]
+    if not chosen:
+      continue
+    config = sampler_config(args, ckpt.config.attention == "causal", infill)
+    prompts = [
+      completion.infill_prompt(ckpt, requests[i]["infill"]) if infill else requests[i]["prompt"]
+      for i in chosen
+    ]
+    outputs = completion.generate(ckpt, prompts, config, args.seed, args.batch_size)
+    for i, output in zip(chosen, outputs, strict=True):
+      results[i] = output
+      written += len(output.tokens)
+      evaluations += int(output.trace.nfe[0])
+  seconds = time.monotonic() - began
+  if not sharding.is_main_process():
+    return
+  for i, (request, output) in enumerate(zip(requests, results, strict=True)):
+    if args.show:
+      trace_pictures.render_terminal(output.trace, 0, ckpt.tokenizer)
+    else:
+      print(output.full_text if "infill" in request else request["prompt"] + output.text)
+    if len(requests) > 1:
+      print(f"--- {i + 1} of {len(requests)}", flush=True)
+    if args.traces:
+      folder = epath.Path(args.traces)
+      folder.mkdir(parents=True, exist_ok=True)
+      sampler.save_trace(folder / f"{i}.npz", output.trace)
+  if args.output:
+    lines = [
+      json.dumps({**request, "completion": output.text, "nfe": int(output.trace.nfe[0])})
+      for request, output in zip(requests, results, strict=True)
+    ]
+    epath.Path(args.output).write_text("".join(line + "\n" for line in lines))
+  print(
+    f"{written} tokens in {seconds:.1f} s ({written / seconds:.1f} tokens/s with compilation), "
+    f"{evaluations} network evaluations, {jax.devices()[0].device_kind}",
+    file=sys.stderr,
+  )
+
+
+if __name__ == "__main__":
+  try:
+    main(parse_arguments())
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(f"generate: {error}")

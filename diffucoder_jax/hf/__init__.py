@@ -1,0 +1,1 @@
+"""Hugging Face weights: names, shapes and loading."""

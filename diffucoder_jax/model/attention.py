@@ -1,0 +1,114 @@
+"""Who sees whom, rotary positions, and the attention kernels by name."""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Pattern:
+  """Which keys a query may see, besides the rule that segments never mix.
+
+  `ratio` and `seed` are only set for `annealed`; they are traced, so that one compiled step serves
+  the whole annealing.
+  """
+
+  kind: str = flax.struct.field(pytree_node=False)
+  ratio: jax.Array | None = None  # float32 scalar in [0, 1]
+  seed: jax.Array | None = None  # uint32 [2]
+
+
+FULL = Pattern("full")
+CAUSAL = Pattern("causal")
+PATTERNS = {"full": FULL, "causal": CAUSAL}
+
+
+def annealed(ratio, key):
+  """Causal attention plus a random share `ratio` of the later positions (attention annealing).
+
+  One draw is shared by the batch, the heads and the layers. Ratio 0 is causal, 1 is full.
+  Source: DiffuLLaMA `get_anneal_attn_mask`, which DiffuCoder follows (paper, B.1). There an [L, L]
+  matrix is drawn; here the draw for (query, key) is a hash of the two positions, so a kernel can
+  evaluate any block of it without that matrix, and it replays from the seed alone.
+  """
+  seed = jax.random.key_data(key).reshape(-1)[-2:].astype(jnp.uint32)
+  return Pattern("annealed", jnp.asarray(ratio, jnp.float32), seed)
+
+
+def hash_uniform(seed, query_index, key_index):
+  """Uniform float32 in [0, 1) for each pair of positions: murmur3's finaliser over both indices.
+
+  Args:
+    seed: uint32 [2].
+    query_index, key_index: int arrays that broadcast against each other.
+  """
+  x = query_index.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + seed[0]
+  for word in (key_index.astype(jnp.uint32) * jnp.uint32(0x85EBCA77) + seed[1], jnp.uint32(0)):
+    x = x ^ word
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = x ^ (x >> 16)
+  return (x >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def visible(pattern, query_index, key_index):
+  """True where a query may see a key by position, or None when every pair may.
+
+  Args:
+    pattern: a `Pattern`.
+    query_index, key_index: int32 positions in the row, shaped to broadcast (say [L, 1] and [1, M]).
+  """
+  if pattern.kind == "full":
+    return None
+  earlier = key_index <= query_index
+  if pattern.kind == "causal":
+    return earlier
+  return earlier | (hash_uniform(pattern.seed, query_index, key_index) < pattern.ratio)
+
+
+def rotary(positions_BL, head_dim, theta):
+  """Cosines and sines of the rotary angles, float32 [B, L, head_dim / 2]."""
+  inverse_frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions_BL.astype(jnp.float32)[:, :, None] * inverse_frequency[None, None, :]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHK, cos_BLk, sin_BLk):
+  """Rotates the two halves of each head (not interleaved pairs), in float32."""
+  first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos_BLk[:, :, None, :], sin_BLk[:, :, None, :]
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x_BLHK.dtype)
+
+
+def _xla(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
+  index = jnp.arange(q_BLHK.shape[1])
+  seen_LM = visible(pattern, index[:, None], index[None, :])
+  mask_B1LM = None if seen_LM is None else seen_LM[None, None]
+  if segment_ids_BL is not None:
+    query_segment, key_segment = segment_ids_BL[:, None, :, None], segment_ids_BL[:, None, None, :]
+    same_B1LM = (query_segment == key_segment) & (key_segment > 0)
+    mask_B1LM = same_B1LM if mask_B1LM is None else same_B1LM & mask_B1LM
+  return jax.nn.dot_product_attention(q_BLHK, k_BMJK, v_BMJK, mask=mask_B1LM, implementation="xla")
+
+
+IMPLEMENTATIONS = {"xla": _xla}
+
+
+def attend(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern, implementation="xla"):
+  """Grouped-query attention; key head j serves the query heads j*H/J .. (j+1)*H/J - 1.
+
+  Args:
+    q_BLHK, k_BMJK, v_BMJK: rotated queries and keys, values; M = L.
+    segment_ids_BL: int32, attention stays inside equal ids, 0 is padding that nobody sees and that
+      sees nobody (its output is finite and meaningless); None: one segment everywhere.
+    pattern: a `Pattern`.
+    implementation: a key of `IMPLEMENTATIONS`; all give the same numbers within rounding.
+  Returns:
+    [B, L, H, K] in the dtype of `q_BLHK`.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"unknown attention implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}"
+    )
+  return IMPLEMENTATIONS[implementation](q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern)

@@ -1,0 +1,226 @@
+"""The Qwen2 / Dream Transformer in Linen: tokens in, target-aligned features out.
+
+Dimension key: B batch, L sequence, D embed, H query heads, J kv heads, K head_dim, F mlp, V vocab,
+N layers.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffucoder_jax.model import attention
+from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.runtime.sharding import batch_shards, constrain
+
+# What the backward pass keeps of each layer. "full" keeps nothing but the layer's input.
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _weight(module, name, std, shape, axes):
+  c = module.config
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+  return module.param(name, init, shape, c.param_dtype)
+
+
+def _project(x, kernel, contracted):
+  """Contracts the last `contracted` dimensions of x with the first ones of the kernel.
+
+  As one plain matrix product over flat positions: the same numbers, but XLA on CPU copies and
+  transposes three-dimensional operands for the weight's gradient, which took half the MLP's time.
+  """
+  outer, inner = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+  width = math.prod(kernel.shape[:contracted])
+  flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
+  return flat.reshape(*outer, *inner)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm; the mean is float32, the scale multiplies in the input's dtype."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    c = self.config
+    init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    scale_D = self.param("scale", init, (x_BLD.shape[-1],), c.param_dtype)
+    x32_BLD = x_BLD.astype(jnp.float32)
+    inverse_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), -1, keepdims=True) + c.norm_eps)
+    return (x32_BLD * inverse_BL1).astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None, :]
+
+
+class Heads(nn.Module):
+  """Projects [B, L, D] to heads [B, L, heads, K], with the bias Qwen2 has on q, k and v."""
+
+  config: ModelConfig
+  num_heads: int
+  axis: str
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    c = self.config
+    shape = (c.embed_dim, self.num_heads, c.head_dim)
+    kernel_DHK = _weight(self, "kernel", c.init_std, shape, ("embed", self.axis, None))
+    x_BLHK = _project(x_BLD, kernel_DHK, 1)
+    if c.qkv_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis, None))
+      bias_HK = self.param("bias", init, shape[1:], c.param_dtype)
+      x_BLHK += bias_HK.astype(x_BLD.dtype)[None, None]
+    return constrain(x_BLHK, "batch", None, self.axis, None)
+
+
+class Attention(nn.Module):
+  """Self-attention of one layer."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern):
+    c = self.config
+    q_BLHK = Heads(c, c.num_heads, "heads", name="q")(x_BLD)
+    k_BLJK = Heads(c, c.num_kv_heads, "kv_heads", name="k")(x_BLD)
+    v_BLJK = Heads(c, c.num_kv_heads, "kv_heads", name="v")(x_BLD)
+    q_BLHK = attention.rotate(q_BLHK, cos_BLk, sin_BLk)
+    k_BLJK = attention.rotate(k_BLJK, cos_BLk, sin_BLk)
+    with jax.named_scope("attend"):
+      o_BLHK = attention.attend(q_BLHK, k_BLJK, v_BLJK, segment_ids_BL, pattern, c.attention_impl)
+    shape = (c.num_heads, c.head_dim, c.embed_dim)
+    kernel_HKD = _weight(self, "o", c.init_std, shape, ("heads", None, "embed"))
+    return _project(o_BLHK, kernel_HKD, 2)
+
+
+class Mlp(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    c = self.config
+    gate_DF = _weight(self, "gate", c.init_std, (c.embed_dim, c.mlp_dim), ("embed", "mlp"))
+    up_DF = _weight(self, "up", c.init_std, (c.embed_dim, c.mlp_dim), ("embed", "mlp"))
+    down_FD = _weight(self, "down", c.init_std, (c.mlp_dim, c.embed_dim), ("mlp", "embed"))
+    h_BLF = jax.nn.silu(_project(x_BLD, gate_DF, 1)) * _project(x_BLD, up_DF, 1)
+    return _project(constrain(h_BLF, "batch", None, "mlp"), down_FD, 1)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each behind a norm and a residual."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern):
+    c = self.config
+    h_BLD = RMSNorm(c, name="attn_norm")(x_BLD)
+    x_BLD += Attention(c, name="attn")(h_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern)
+    x_BLD = constrain(x_BLD, "batch", None, None)
+    with jax.named_scope("mlp"):
+      x_BLD += Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BLD))
+    x_BLD = constrain(x_BLD, "batch", None, None)
+    self.sow("intermediates", "residual_BLD", x_BLD)
+    return x_BLD, None
+
+
+class Transformer(nn.Module):
+  """Tokens to features that are aligned with their targets; `unembed` makes logits of them.
+
+  Feature i of the result scores token i: it is the hidden state of position i - 1 (the logit shift
+  of autoregressive weights, applied here and nowhere else). The first position of a segment has
+  nothing before it and keeps its own hidden state, as in Dream's generation code.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BL, segment_ids_BL=None, positions_BL=None, pattern=None):
+    """Runs the network.
+
+    Args:
+      tokens_BL: int32 ids < vocab_size (not checked here: larger ids would read garbage).
+      segment_ids_BL: int32, packed documents 1.., padding 0; None: all one document.
+      positions_BL: int32 rotary positions; None: 0..L-1.
+      pattern: `attention.Pattern`; None: the one the weights are trained for.
+    Returns:
+      features_BLD in the compute dtype, after the final norm.
+    """
+    c = self.config
+    pattern = attention.PATTERNS[c.attention] if pattern is None else pattern
+    if positions_BL is None:
+      positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    embed_VD = _weight(self, "embed", c.init_std, (c.vocab_size, c.embed_dim), ("vocab", "embed"))
+    if not c.tied_head:  # Declared here so that `init` makes it; only `unembed` reads it.
+      _weight(self, "head", c.init_std, (c.embed_dim, c.vocab_size), ("embed", "vocab"))
+    with jax.named_scope("embed"):
+      x_BLD = self._lookup(embed_VD, tokens_BL)
+    self.sow("intermediates", "embedding_BLD", x_BLD)
+    cos_BLk, sin_BLk = attention.rotary(positions_BL, c.head_dim, c.rope_theta)
+
+    block = Block
+    if c.remat not in REMAT:
+      raise ValueError(f"model.remat is {c.remat!r}; choose one of {sorted(REMAT)}")
+    if REMAT[c.remat] is not None:
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
+    layers = nn.scan(
+      block,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    # Positional arguments only: nn.scan drops keyword arguments.
+    x_BLD, _ = layers(c, name="layers")(x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern)
+    x_BLD = RMSNorm(c, name="final_norm")(x_BLD)
+    self.sow("intermediates", "hidden_BLD", x_BLD)
+    return align_with_targets(x_BLD, segment_ids_BL)
+
+  def _lookup(self, embed_VD, tokens_BL):
+    c = self.config
+    # Gather the rows' width over fsdp first: looking up in a table whose width is sharded like the
+    # batch would make XLA rematerialise the result.
+    embed_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", None)
+    x_BLD = jnp.take(embed_VD, tokens_BL, axis=0, mode="clip")
+    if c.frozen_input_id >= 0:
+      frozen_BL1 = (tokens_BL == c.frozen_input_id)[:, :, None]
+      x_BLD = jnp.where(frozen_BL1, jax.lax.stop_gradient(x_BLD), x_BLD)
+    return constrain(x_BLD, "batch", None, None)
+
+
+def init_params(model, key):
+  """Fresh parameters, boxed with their logical axes; `flax.linen.unbox` makes plain arrays."""
+  dummy_BL = jnp.zeros((batch_shards(), 1), jnp.int32)
+  return model.init(key, dummy_BL)["params"]
+
+
+def align_with_targets(x_BLD, segment_ids_BL=None):
+  """Shifts hidden states one to the right, so that position i holds what predicts token i.
+
+  The first position of the row and of every segment keeps its own state: the one before it belongs
+  to another document, or to padding.
+  """
+  shifted_BLD = jnp.concatenate([x_BLD[:, :1], x_BLD[:, :-1]], axis=1)
+  if segment_ids_BL is None:
+    return shifted_BLD
+  before_BL = jnp.concatenate([segment_ids_BL[:, :1] * 0 - 1, segment_ids_BL[:, :-1]], axis=1)
+  starts_BL = segment_ids_BL != before_BL
+  return jnp.where(starts_BL[:, :, None], x_BLD, shifted_BLD)
+
+
+def output_matrix(params):
+  """The matrix from features to logits, [D, V]: the head, or the embedding when they are tied."""
+  return params["head"] if "head" in params else params["embed"].T
+
+
+def unembed(params, features):
+  """Logits of features: [..., D] to float32 [..., V]. Pick positions before calling it."""
+  with jax.named_scope("unembed"):
+    matrix_DV = output_matrix(params).astype(features.dtype)
+    logits = jnp.einsum("...D,DV->...V", features, matrix_DV, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", *([None] * (logits.ndim - 2)), "vocab")

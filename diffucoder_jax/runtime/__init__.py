@@ -1,0 +1,1 @@
+"""How to run: meshes, checkpoints, optimisers, metrics. Knows nothing of language models."""

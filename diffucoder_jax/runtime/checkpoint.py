@@ -1,0 +1,451 @@
+"""Checkpoints: asynchronous saves, checked restores, and one run per workdir.
+
+A checkpoint directory `<workdir>/checkpoints/<step>/`, named by the number of finished optimiser
+steps, holds four items: `state` (arrays), `data` (position in the data), `config`, and `integrity`
+(a fingerprint of everything else, because the storage layer does not notice every flipped bit).
+"""
+
+import json
+import signal
+import threading
+import zlib
+from logging import WARNING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from diffucoder_jax.runtime import fingerprint
+
+# A change in these sections cannot change what is learnt.
+HARMLESS = ("mesh", "log", "checkpoint", "eval")
+ACCEPT = "--config.checkpoint.accept_changes=True"
+
+_sigterm = threading.Event()
+
+
+class DamagedCheckpoint(ValueError):
+  """A checkpoint that cannot be read or is not what was saved."""
+
+
+# --- Text: configs and other JSON.
+
+
+def _canonical(value):
+  """One text per JSON value, whatever the order of keys; a tuple equals a list."""
+  return json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
+
+
+def _crc(value):
+  return zlib.crc32(_canonical(value).encode())
+
+
+def _write_text(path, text):
+  """Writes a file so that a reader sees all of it or nothing."""
+  part = path.parent / (path.name + ".part")
+  part.write_text(text)
+  part.replace(path)
+
+
+def _flat(tree, prefix=""):
+  if not isinstance(tree, dict) or not tree:
+    return {prefix: tree}
+  items = {}
+  for key, value in tree.items():
+    items.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+  return items
+
+
+def config_changes(saved, current):
+  """What differs between two configs (nested dicts of JSON values).
+
+  Returns:
+    list of "dotted.key: saved -> current", sorted; "absent" stands for a key that is not there.
+  """
+  saved, current = (_flat(json.loads(_canonical(config))) for config in (saved, current))
+  show = lambda config, key: json.dumps(config[key]) if key in config else "absent"  # noqa: E731
+  return [
+    f"{key}: {show(saved, key)} -> {show(current, key)}"
+    for key in sorted(saved.keys() | current.keys())
+    # 1 and 1.0 are the same value; NaN is the same as NaN only as text.
+    if key not in saved
+    or key not in current
+    or (saved[key] != current[key] and show(saved, key) != show(current, key))
+  ]
+
+
+def _check_config(saved, current, where):
+  """Lets harmless and accepted changes pass with a line each; raises for all others."""
+  changes = config_changes(saved, current)
+  harmful = [line for line in changes if line.split(":")[0].split(".")[0] not in HARMLESS]
+  if harmful and not current.get("checkpoint", {}).get("accept_changes", False):
+    lines = "\n  ".join(harmful)
+    raise ValueError(
+      f"{where} was made with another config (saved -> current):\n  {lines}\n"
+      f"Use a new workdir, or set the old values, or say {ACCEPT} to go on with the new ones."
+    )
+  for line in changes:
+    level = logging.WARNING if line in harmful else logging.INFO
+    logging.log(level, "config differs from %s: %s", where, line)
+  return changes
+
+
+def claim_workdir(workdir, config):
+  """Makes `workdir` this run's: writes config.json, or checks that the one there is of this run.
+
+  Call before anything else is written. Differences in the sections mesh, log, checkpoint and eval
+  are fine; config.json then follows the new config.
+
+  Args:
+    workdir: path, also gs://.
+    config: the whole config as nested dict of JSON values.
+  Raises:
+    ValueError: another run lives there; names every changed key with both values.
+  """
+  path = epath.Path(workdir) / "config.json"
+  changes = None
+  if path.exists():
+    try:
+      saved = json.loads(path.read_text())
+    except ValueError as error:
+      raise ValueError(
+        f"{path} is not valid JSON ({error}); move it away to let this run write it again, after "
+        "making sure that the workdir is this run's"
+      ) from error
+    changes = _check_config(saved, config, f"the run in {workdir}")
+  if jax.process_index() == 0 and changes != []:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(json.loads(_canonical(config)), indent=2) + "\n")
+
+
+# --- Reading one checkpoint.
+
+
+def _check_shapes(saved, abstract, where, whole):
+  """Raises a ValueError that names every leaf in which model and checkpoint differ."""
+  asked = fingerprint.named_leaves(abstract)
+  lines = []
+  for name in sorted(asked.keys() | (saved.keys() if whole else set())):
+    if name not in saved:
+      lines.append(f"{name}: not in the checkpoint, the model has {list(asked[name].shape)}")
+    elif name not in asked:
+      lines.append(f"{name}: {saved[name]['shape']} in the checkpoint, not in the model")
+    elif saved[name]["shape"] != list(asked[name].shape):
+      lines.append(f"{name}: saved {saved[name]['shape']}, model {list(asked[name].shape)}")
+    elif saved[name]["dtype"].startswith("key<") != fingerprint.is_key(asked[name]):
+      lines.append(f"{name}: saved {saved[name]['dtype']}, model {asked[name].dtype}")
+  if lines:
+    text = "\n  ".join(lines)
+    raise ValueError(
+      f"{where} does not fit this model or optimiser:\n  {text}\n"
+      "Set the config it was made with, or use a new workdir."
+    )
+
+
+def _together(error):
+  """Raises `DamagedCheckpoint` on all processes when any of them has an error (str or None)."""
+  if jax.process_count() > 1:
+    fine = np.asarray(multihost_utils.process_allgather(np.asarray(error is None))).ravel()
+    if error is None and not fine.all():
+      error = f"processes {np.flatnonzero(~fine).tolist()} could not read it"
+  if error is not None:
+    raise DamagedCheckpoint(error)
+
+
+def _attempt(read):
+  """Calls `read()` on every process; an error of any kind, on any process, means damage."""
+  # Twice, because a network that was down for a moment is not damage. Whether a damaged file shows
+  # as ValueError, KeyError or a C++ status is up to the storage layer, so all count; wrong
+  # verdicts do no harm as `resume` only acts on them when an older checkpoint reads well.
+  for _ in range(2):
+    try:
+      value, error = read(), None
+      break
+    except Exception as caught:
+      text = " ".join(str(caught).split())
+      value, error = None, f"{type(caught).__name__}: {text[:300]}"
+  _together(error)
+  return value
+
+
+def _read_text_items(step_dir):
+  """(integrity, data, config) of a checkpoint, checked against each other."""
+
+  def read():
+    handler = ocp.JsonCheckpointHandler()
+    integrity, data, config = (
+      handler.restore(step_dir / name) for name in ("integrity", "data", "config")
+    )
+    if integrity["crc32"] != _crc(integrity["of"]):
+      raise ValueError("the integrity item is not what was saved")
+    for name, value in (("data", data), ("config", config)):
+      if integrity["of"][name] != _crc(value):
+        raise ValueError(f"the {name} item is not what was saved")
+    return integrity["of"], data, config
+
+  return _attempt(read)
+
+
+def _read_arrays(step_dir, abstract, saved):
+  """Restores the leaves of `abstract`, all checked, in its dtypes and shardings.
+
+  `saved` describes the leaves as they were saved; a leaf is read and checked in its saved dtype and
+  only then converted.
+  """
+  one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def target(path, x):
+    dtype = x.dtype
+    if not fingerprint.is_key(x):
+      dtype = jnp.dtype(saved[jax.tree_util.keystr(path, simple=True, separator="/")]["dtype"])
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding or one_device)
+
+  item = jax.tree_util.tree_map_with_path(target, abstract)
+
+  def read():
+    # The bare handler, because a Checkpointer ends in a barrier, at which other processes would
+    # wait for one that failed.
+    args = ocp.args.PyTreeRestore(
+      item=item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,
+    )
+    tree = ocp.PyTreeCheckpointHandler().restore(step_dir / "state", args=args)
+    # A name damaged in Orbax's own metadata is "not in the checkpoint", and hence not read at all.
+    for name, x in fingerprint.named_leaves(tree).items():
+      if not isinstance(x, jax.Array):
+        raise ValueError(f"leaf {name} could not be found")
+    return jax.block_until_ready(tree)
+
+  restored = _attempt(read)
+  wrong = [name for name, leaf in fingerprint.describe(restored).items() if leaf != saved[name]]
+  _together(f"values changed since they were saved: {', '.join(wrong)}" if wrong else None)
+  return jax.tree.map(
+    lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), restored, abstract
+  )
+
+
+def _find_step(path):
+  """The directory of one checkpoint: `path` itself, or the newest one in a workdir."""
+  path = epath.Path(path)
+  if (path / "checkpoints").is_dir():
+    path = path / "checkpoints"
+  if (path / "state").exists() or (path / "integrity").exists():
+    return path
+  steps = ocp.utils.checkpoint_steps(path) if path.is_dir() else []
+  if not steps:
+    raise FileNotFoundError(
+      f"no checkpoint in {path}; give a workdir, its checkpoints folder, or one folder in there"
+    )
+  return path / str(max(steps))
+
+
+def _named_damage(step_dir, read):
+  try:
+    return read()
+  except DamagedCheckpoint as error:
+    raise DamagedCheckpoint(
+      f"checkpoint {step_dir} is damaged ({error}); give the path of another one beside it"
+    ) from error
+
+
+def load_config(path):
+  """The config dict of a checkpoint; call on all processes.
+
+  Args:
+    path: workdir (newest checkpoint), its checkpoints/, or the folder of one step.
+  Raises:
+    FileNotFoundError: no checkpoint there. DamagedCheckpoint: not what was saved.
+  """
+  step_dir = _find_step(path)
+  return _named_damage(step_dir, lambda: _read_text_items(step_dir)[2])
+
+
+def restore_params(path, abstract_params):
+  """Reads only the parameters, leaving the optimiser's state on disk; call on all processes.
+
+  Args:
+    path: workdir (newest checkpoint), its checkpoints/, or the folder of one step.
+    abstract_params: tree of `jax.ShapeDtypeStruct`; dtypes may differ from the saved ones, a
+      missing sharding means the first device.
+  Returns:
+    the tree of arrays.
+  Raises:
+    FileNotFoundError: no checkpoint there.
+    ValueError: names the leaves whose shapes differ. DamagedCheckpoint: not what was saved. There
+      is no silent falling back here: an evaluation of other weights would be a wrong result.
+  """
+  step_dir = _find_step(path)
+  abstract = {"params": abstract_params}
+
+  def read():
+    leaves = _read_text_items(step_dir)[0]["leaves"]
+    _check_shapes(leaves, abstract, f"checkpoint {step_dir}", whole=False)
+    return _read_arrays(step_dir, abstract, leaves)["params"]
+
+  return _named_damage(step_dir, read)
+
+
+# --- Saving and resuming.
+
+
+def _not_orbax_chatter(record):
+  return record.levelno >= WARNING or "orbax" not in record.pathname
+
+
+def open_manager(workdir, checkpoint_config):
+  """Opens `<workdir>/checkpoints` for `save` and `resume`. Close it with `manager.close()`.
+
+  Args:
+    workdir: path, also gs://.
+    checkpoint_config: every (steps between saves), keep (how many of the newest stay), keep_every
+      (multiples of it stay for good; 0 = none). Keep at least 2 to be able to fall back.
+  Returns:
+    `orbax.checkpoint.CheckpointManager`.
+  """
+  c = checkpoint_config
+  if c.every < 1 or c.keep < 1 or c.keep_every < 0:
+    raise ValueError(
+      f"checkpoint.every={c.every} and checkpoint.keep={c.keep} must be at least 1 and "
+      f"checkpoint.keep_every={c.keep_every} at least 0 (= keep none for good)"
+    )
+  logging.get_absl_logger().addFilter(_not_orbax_chatter)
+  policies = ocp.checkpoint_managers
+  preserve = [policies.LatestN(c.keep)]
+  if c.keep_every:
+    preserve.append(policies.EveryNSteps(c.keep_every))
+  options = ocp.CheckpointManagerOptions(
+    # Without a policy Orbax also saves at the first step it is asked about.
+    save_decision_policy=policies.AnySavePolicy(
+      [policies.FixedIntervalPolicy(c.every), policies.PreemptionCheckpointingPolicy()]
+    ),
+    preservation_policy=policies.AnyPreservationPolicy(preserve),
+    cleanup_tmp_directories=True,  # what a killed save left
+    lightweight_initialize=True,  # or damaged metadata stops us from opening the folder at all
+  )
+  return ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+
+
+def save(manager, step, state, data_state, config, force=False):
+  """Starts saving when `step` is due; training may go on, and donate `state`, at once.
+
+  Args:
+    manager: from `open_manager`.
+    step: int, finished optimiser steps.
+    state: tree of jax arrays; call on all processes.
+    data_state: dict of JSON values, where the data continues; the same on all processes.
+    config: the whole config as nested dict of JSON values.
+    force: save also when `step` is not due.
+  Returns:
+    bool, whether a save was started. False when `step` is already saved.
+  """
+  step = int(step)
+  if step in manager.all_steps() or not (force or manager.should_save(step)):
+    return False
+  data_state, config = (json.loads(_canonical(value)) for value in (data_state, config))
+  leaves = fingerprint.describe(state)
+  content = {"leaves": leaves, "data": _crc(data_state), "config": _crc(config)}
+  items = ocp.args.Composite(
+    state=ocp.args.StandardSave(state),
+    data=ocp.args.JsonSave(data_state),
+    config=ocp.args.JsonSave(config),
+    integrity=ocp.args.JsonSave({"of": content, "crc32": _crc(content)}),
+  )
+  return manager.save(step, args=items, force=force)
+
+
+def _move_aside(manager, step, workdir):
+  """Moves a checkpoint to <workdir>/checkpoints_damaged/, so that nothing is lost."""
+  if jax.process_index() == 0:
+    folder = epath.Path(workdir) / "checkpoints_damaged"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / str(step)
+    number = 1
+    while target.exists():
+      number += 1
+      target = folder / f"{step}-{number}"
+    (manager.directory / str(step)).rename(target)
+    logging.error("checkpoint %d was moved to %s", step, target)
+  multihost_utils.sync_global_devices(f"checkpoint {step} moved aside")
+  # Nothing is left to delete; this is how the manager is made to forget the step. Its reload()
+  # would read metadata, which may be damaged.
+  manager.delete(step)
+
+
+def _same_steps(steps):
+  """The newest first, as process 0 sees them: a slow file system may show others something else."""
+  steps = sorted(steps, reverse=True)
+  if jax.process_count() > 1:
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    padded = np.asarray((steps + [0] * count)[:count], np.int32)
+    steps = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist() if count else []
+  return steps
+
+
+def resume(manager, workdir, abstract_state, config):
+  """Restores the newest good checkpoint of this run; call on all processes.
+
+  A damaged one is named in an error line and moved to <workdir>/checkpoints_damaged/, and the one
+  before is taken. If all are damaged nothing is moved.
+
+  Args:
+    manager: from `open_manager`.
+    workdir: path, also gs://.
+    abstract_state: tree of `jax.ShapeDtypeStruct` with the shardings to restore to; mesh and number
+      of processes may differ from those that saved.
+    config: the whole config, to compare with the saved one.
+  Returns:
+    (state, data_state, step), or None when there is no checkpoint.
+  Raises:
+    ValueError: the config changed (every key is listed), or shapes do not fit the model (every leaf
+      is listed). DamagedCheckpoint: there are checkpoints but none can be read.
+  """
+  damaged = []
+  for step in _same_steps(manager.all_steps()):
+    step_dir = manager.directory / str(step)
+    try:
+      content, data_state, saved_config = _read_text_items(step_dir)
+      _check_config(saved_config, config, f"checkpoint {step_dir}")
+      _check_shapes(content["leaves"], abstract_state, f"checkpoint {step_dir}", whole=True)
+      state = _read_arrays(step_dir, abstract_state, content["leaves"])
+    except DamagedCheckpoint as error:
+      logging.error("checkpoint %s is DAMAGED: %s; trying the one before", step_dir, error)
+      damaged.append((step, error))
+      continue
+    for bad, _ in damaged:
+      _move_aside(manager, bad, workdir)
+    logging.info("continuing from checkpoint %s", step_dir)
+    return state, data_state, step
+  if damaged:
+    lines = "\n  ".join(f"{step}: {error}" for step, error in damaged)
+    raise DamagedCheckpoint(
+      f"no checkpoint in {manager.directory} can be read:\n  {lines}\n"
+      "Nothing was moved. If the storage is fine, move that folder away to start afresh."
+    )
+  return None
+
+
+def catch_sigterm():
+  """Lets `reached_preemption` see a SIGTERM where JAX's own service does not run (one process).
+
+  The first SIGTERM is only noted; a second one ends the program.
+  """
+
+  def note(signum, frame):
+    _sigterm.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  if jax.process_count() == 1:
+    signal.signal(signal.SIGTERM, note)
+
+
+def reached_preemption(manager, step):
+  """True when this machine is about to be taken away: save now and exit with code 42.
+
+  Call at each step on all processes.
+  """
+  return _sigterm.is_set() or manager.reached_preemption(step)

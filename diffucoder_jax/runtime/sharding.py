@@ -1,0 +1,217 @@
+"""Where arrays live: the mesh, the one rule table from logical to mesh axes, and batches.
+
+The mesh always has the axes ("data", "fsdp", "tensor"); one device is the 1x1x1 mesh of the same
+path. The user picks a parallelism by mesh shape alone.
+"""
+
+import math
+import os
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+RULES = (
+  ("batch", BATCH_AXES),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+  ("vocab", "tensor"),
+  ("layers", None),
+)
+
+
+def start_distributed():
+  """Joins the processes of a pod when the launch script asked for it; call before any JAX work.
+
+  DIFFUCODER_MULTIHOST=1 is set by launch scripts. On TPU everything else is found by JAX; elsewhere
+  DIFFUCODER_COORDINATOR (host:port), DIFFUCODER_PROCESSES and DIFFUCODER_PROCESS say who is who.
+  Being explicit means that a misconfigured pod stops instead of training once per host.
+  """
+  if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
+    return
+  coordinator = os.environ.get("DIFFUCODER_COORDINATOR")
+  if coordinator is None:
+    jax.distributed.initialize()
+  else:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes=int(os.environ["DIFFUCODER_PROCESSES"]),
+      process_id=int(os.environ["DIFFUCODER_PROCESS"]),
+    )
+
+
+def is_main_process():
+  """True on the one process that writes text and metrics."""
+  return jax.process_index() == 0
+
+
+def make_mesh(mesh_config, devices=None):
+  """Builds the ("data", "fsdp", "tensor") mesh; one size may be -1, meaning "the rest".
+
+  Args:
+    mesh_config: mapping with the int sizes `data`, `fsdp`, `tensor`.
+    devices: the devices to use; all of them when None.
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [int(mesh_config[axis]) for axis in AXES]
+  known = math.prod(size for size in sizes if size != -1)
+  if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
+    asked = ", ".join(f"{axis}={int(mesh_config[axis])}" for axis in AXES)
+    raise ValueError(
+      f"mesh ({asked}) does not fit {len(devices)} devices: the three sizes must multiply to "
+      f"{len(devices)}; give at most one of them as -1 to fill it in"
+    )
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  # Linen does not run on Explicit meshes (constraints become asserts), so every axis is Auto.
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_axes(logical_axes):
+  known = dict(RULES)
+  for axis in logical_axes:
+    if axis is not None and axis not in known:
+      raise ValueError(f"logical axis {axis!r} has no rule; the rules know {sorted(known)}")
+  return PartitionSpec(*(None if axis is None else known[axis] for axis in logical_axes))
+
+
+def _check_divisible(name, shape, spec, mesh):
+  for size, axes in zip(shape, spec, strict=False):
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if size % shards:
+      raise ValueError(
+        f"{name} has a dimension of {size}, which mesh axes {axes} cannot divide into {shards} equal "
+        f"parts; choose mesh sizes whose product divides {size}"
+      )
+
+
+def constrain(x, *logical_axes):
+  """Pins activation `x` to the mesh by logical axis names; the identity when no mesh is set.
+
+  JAX silently replicates a constrained dimension that does not divide, and Flax silently skips
+  constraints outside its context; both are errors here.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  spec = _mesh_axes(logical_axes)
+  if len(spec) != x.ndim:
+    raise ValueError(f"constrain got axes {logical_axes} for an array of shape {x.shape}")
+  _check_divisible(f"an activation with axes {logical_axes}", x.shape, spec, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shardings(boxed, mesh):
+  """Shardings of a tree whose parameters carry logical axes (Linen metadata boxes).
+
+  Args:
+    boxed: abstract tree, e.g. `jax.eval_shape` of an init that returns Linen variables.
+    mesh: the mesh.
+  Returns:
+    the tree, unboxed, with a `NamedSharding` at each leaf.
+  Raises:
+    ValueError: names the parameter that an axis does not divide.
+  """
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_boxed = isinstance(leaf, nn.LogicallyPartitioned)
+    spec = _mesh_axes(leaf.names) if is_boxed else PartitionSpec()
+    _check_divisible(f"parameter {name}", leaf.unbox().shape if is_boxed else leaf.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+  is_leaf = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_leaf)
+
+
+def abstract(boxed, mesh):
+  """The unboxed tree of `jax.ShapeDtypeStruct` with shardings: what to restore or compile for."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    shardings(boxed, mesh),
+  )
+
+
+def replicated(mesh):
+  """The sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+  """The sharding of an array whose first dimension is the global batch."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh=None):
+  """Into how many parts a batch is cut; of the mesh in force when `mesh` is None (1 without one)."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_shard(mesh):
+  """Which rows of each global batch this process must read.
+
+  Returns:
+    (index, count): the batch is cut into `count` equal blocks of rows, this process reads block
+    `index`. Processes that only differ along `tensor` read the same block.
+  """
+  shards = batch_shards(mesh)
+  # One row per shard is enough to see who holds which part of the batch.
+  held = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  rows = sorted({(index[0].start or 0) for index in held})
+  if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows) or shards % len(rows):
+    raise ValueError(
+      f"this mesh gives process {jax.process_index()} the batch shards {rows}, which are not one "
+      "block; choose mesh sizes so that each process holds neighbouring rows"
+    )
+  return rows[0] // len(rows), shards // len(rows)
+
+
+def put_batch(batch, mesh):
+  """Makes global device arrays of this process's rows (numpy arrays, first dimension = rows)."""
+  sharding = batch_sharding(mesh)
+  _, count = batch_shard(mesh)
+  shards = batch_shards(mesh)
+
+  def put(x):
+    rows = x.shape[0] * count
+    if rows % shards:
+      raise ValueError(
+        f"a global batch of {rows} rows cannot be divided over {shards} devices "
+        f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); make it a multiple"
+      )
+    return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
+
+  return jax.tree.map(put, batch)
+
+
+def check_same_everywhere(name, value):
+  """Raises when processes disagree about `value` (a string), which would make them hang later."""
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  raw = np.frombuffer(value.encode(), np.uint8)
+  digest = np.asarray([len(raw), int(np.sum(raw.astype(np.int64) * np.arange(1, len(raw) + 1)) % (1 << 31))])
+  everywhere = np.asarray(multihost_utils.process_allgather(digest))
+  if (everywhere != everywhere[:1]).any():
+    raise ValueError(f"processes disagree about {name}; start all of them with the same files and flags")
+
+
+def log_mesh(mesh):
+  """One line saying what the program runs on."""
+  shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  logging.info("mesh: %s on %d %s device(s), %d process(es)", shape, mesh.size,
+               jax.devices()[0].device_kind, jax.process_count())

@@ -1,0 +1,40 @@
+"""pip install -e .            CPU
+pip install -e '.[tpu]'     on a TPU VM
+pip install -e '.[cuda]'    on a GPU machine
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="diffucoder_jax",
+  version="0.1.0",
+  description="Masked diffusion language models for code (DiffuCoder) in JAX, for TPU pods",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["diffucoder_jax*", "configs*"]),
+  install_requires=[
+    "absl-py",
+    "etils[epath]",
+    "flax>=0.12",
+    "grain>=0.2.18",
+    "importlib_resources",  # tensorflow-datasets imports it without asking for it
+    "jax>=0.10",
+    "ml-collections>=1.1",
+    "numpy",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.20",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda13]>=0.10"],
+    "report": ["matplotlib>=3.9"],
+    "parquet": ["pyarrow"],
+    "gcs": ["gcsfs"],
+    "torch": ["torch"],
+    "test": ["pytest>=8", "ruff", "matplotlib>=3.9", "pyarrow"],
+  },
+)

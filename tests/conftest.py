@@ -1,0 +1,22 @@
+"""Eight fake CPU devices, strict shapes, and the golden data when it lies beside the project."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes insist on parsed flags
+
+SHARED = pathlib.Path(os.environ.get("DIFFUCODER_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+  """The folder of reference material; tests that need it are skipped where it is absent."""
+  if not (SHARED / "golden").is_dir():
+    pytest.skip(f"reference material not found at {SHARED} (set DIFFUCODER_SHARED)")
+  return SHARED

@@ -1,0 +1,213 @@
+"""What the sampler promises beyond the golden trajectories."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffucoder_jax.diffusion import remasking, sampler
+from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.transformer import Transformer, init_params, unembed
+
+MASK, EOS, VOCAB = 30, 1, 32
+CONFIG = ModelConfig(
+  vocab_size=VOCAB, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
+  rope_theta=1e4, init_std=0.5, remat="none",
+)  # fmt: skip
+ALGS = sorted(remasking.CONFIDENCE)
+
+
+@functools.cache
+def params():
+  return jax.tree.map(
+    lambda leaf: leaf.unbox(), init_params(Transformer(CONFIG), jax.random.key(0)),
+    is_leaf=lambda leaf: hasattr(leaf, "unbox"),
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(3,))
+def run(canvas, valid, keys, config):
+  def logits_fn(canvas, valid):
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    features = Transformer(CONFIG).apply({"params": params()}, canvas, valid.astype(jnp.int32), positions)
+    return unembed(params(), features)
+
+  return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS)
+
+
+def layout(prompts, new, left, right=0):
+  """Canvas and valid for prompts of token lists, padded to one length."""
+  length = max(map(len, prompts)) + new + left + right
+  canvas, valid = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+  for b, prompt in enumerate(prompts):
+    row = [*prompt, *[MASK] * new]
+    end = length - right
+    canvas[b, end - len(row) : end], valid[b, end - len(row) : end] = row, True
+  return canvas, valid
+
+
+def written(trace, b):
+  return np.asarray(trace.tokens)[b][np.asarray(trace.valid)[b]]
+
+
+PROMPTS = ([2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16])
+
+
+@pytest.mark.parametrize("alg", ALGS)
+@pytest.mark.parametrize("temperature, alg_temp", [(0.0, 0.0), (1.0, 0.0), (0.8, 0.5)])
+def test_batch_neighbours_and_padding_change_nothing(alg, temperature, alg_temp):
+  config = sampler.SamplerConfig(
+    alg=alg, steps=7, max_new_tokens=10, temperature=temperature, alg_temp=alg_temp, top_p=0.9
+  )
+  keys = sampler.row_keys(3, len(PROMPTS))
+  together = run(*layout(PROMPTS, 10, 0), keys, config)
+  padded = run(*layout(PROMPTS, 10, 5, 4), keys, config)
+  for b, prompt in enumerate(PROMPTS):
+    alone = run(*layout([prompt], 10, 0), keys[b : b + 1], config)
+    np.testing.assert_array_equal(written(together, b), written(alone, 0))
+    np.testing.assert_array_equal(written(together, b), written(padded, b))
+    assert together.nfe[b] == alone.nfe[0]
+    steps = [np.asarray(t.step)[i][np.asarray(t.valid)[i]] for t, i in ((together, b), (alone, 0))]
+    np.testing.assert_array_equal(*steps)
+
+
+@pytest.mark.parametrize("alg", ALGS)
+def test_everything_is_written_and_the_prompt_is_kept(alg):
+  canvas, valid = layout(PROMPTS, 12, 2)
+  for steps in (1, 5, 12, 40):
+    config = sampler.SamplerConfig(alg=alg, steps=steps, max_new_tokens=12, temperature=0.7)
+    trace = run(canvas, valid, sampler.row_keys(0, 4), config)
+    given = canvas != MASK
+    tokens = np.asarray(trace.tokens)
+    assert not (tokens == MASK).any()
+    np.testing.assert_array_equal(tokens[given], canvas[given])
+    np.testing.assert_array_equal(np.asarray(trace.step) >= 0, canvas == MASK)
+    assert (np.asarray(trace.nfe) <= min(steps, 12)).all()
+
+
+def test_rows_with_other_numbers_of_masks_are_all_filled():
+  """The reference shares the batch's mean count, which overwrites prompts and leaves masks."""
+  canvas = np.full((2, 20), 7, np.int32)
+  canvas[0, 2:10] = MASK
+  canvas[1, 3:17] = MASK
+  config = sampler.SamplerConfig(alg="entropy", steps=4, max_new_tokens=0, temperature=0.0)
+  trace = run(canvas, np.ones_like(canvas, bool), sampler.row_keys(0, 2), config)
+  assert not (np.asarray(trace.tokens) == MASK).any()
+  assert (np.asarray(trace.tokens)[canvas == 7] == 7).all()
+  for b in range(2):
+    alone = run(canvas[b : b + 1], np.ones((1, 20), bool), sampler.row_keys(0, 2)[b : b + 1], config)
+    np.testing.assert_array_equal(alone.tokens[0], trace.tokens[b])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_token_is_never_written(temperature):
+  logits = np.zeros((1, 6, 8), np.float32)
+  logits[..., 5] = 50.0  # the mask token, by far
+  logits[..., 2] = 1.0
+  fn = lambda canvas, valid: jnp.broadcast_to(jnp.asarray(logits), (*canvas.shape, 8))  # noqa: E731
+  config = sampler.SamplerConfig(alg="maskgit_plus", steps=3, max_new_tokens=6, temperature=temperature)
+  canvas, valid = jnp.full((1, 6), 5, jnp.int32), jnp.ones((1, 6), bool)
+  trace = sampler.generate(fn, canvas, valid, sampler.row_keys(0, 1), config, mask_id=5)
+  assert (trace.tokens == 2).all()
+
+
+def test_left_to_right_is_in_order_one_a_step():
+  config = sampler.SamplerConfig(alg="left_to_right", steps=9, max_new_tokens=9, temperature=0.5)
+  trace = run(*layout([[2, 3]], 9, 0), sampler.row_keys(0, 1), config)
+  np.testing.assert_array_equal(trace.step[0, 2:], np.arange(9))
+
+
+def test_stop_at_eos_keeps_the_tokens_before_it():
+  """A bias towards the end token makes rows end early; what comes before must not change."""
+  def logits_fn(canvas, valid):
+    features = Transformer(CONFIG).apply({"params": params()}, canvas, valid.astype(jnp.int32))
+    return unembed(params(), features).at[..., EOS].add(6.0)
+
+  canvas, valid = layout([[2, 3, 4], [9, 8, 7]], 24, 0)
+  keys = sampler.row_keys(5, 2)
+  stopped = 0
+  for alg in ("entropy", "left_to_right", "origin"):
+    traces = []
+    for stop in (False, True):
+      config = sampler.SamplerConfig(
+        alg=alg, steps=24, max_new_tokens=24, temperature=1.0, top_p=1.0, stop_at_eos=stop
+      )
+      traces.append(sampler.generate(
+        logits_fn, jnp.asarray(canvas), jnp.asarray(valid), keys, config, mask_id=MASK, eos_id=EOS
+      ))
+    full, early = (np.asarray(t.tokens) for t in traces)
+    for b in range(2):
+      ends = np.flatnonzero(full[b] == EOS)
+      end = ends[0] + 1 if len(ends) else full.shape[1]
+      np.testing.assert_array_equal(full[b, :end], early[b, :end])
+      stopped += int(traces[1].nfe[b]) < int(traces[0].nfe[b])
+  assert stopped > 0, "no row ended early, so the test shows nothing"
+
+
+def test_stop_at_eos_without_an_end_token_is_refused():
+  config = sampler.SamplerConfig(steps=2, stop_at_eos=True)
+  with pytest.raises(ValueError, match="end token"):
+    sampler.generate(None, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), None, config, mask_id=MASK)
+
+
+def test_one_compile_per_shape_and_config():
+  before = run._cache_size()
+  config = sampler.SamplerConfig(alg="entropy", steps=3, max_new_tokens=4, temperature=0.3)
+  for seed in range(3):
+    run(*layout([[2 + seed, 3], [4, 5]], 4, 0), sampler.row_keys(seed, 2), config)
+  assert run._cache_size() == before + 1
+
+
+def test_zero_commit_steps_cost_no_evaluation():
+  config = sampler.SamplerConfig(alg="entropy", steps=200, max_new_tokens=8, temperature=0.0)
+  trace = run(*layout([[2, 3]], 8, 0), sampler.row_keys(0, 1), config)
+  assert trace.nfe[0] <= 8
+
+
+def test_temperature_changes_the_order():
+  orders = []
+  for seed in range(6):
+    config = sampler.SamplerConfig(alg="entropy", steps=12, max_new_tokens=12, temperature=1.2, top_p=1.0)
+    orders.append(tuple(np.asarray(run(*layout([[2]], 12, 0), sampler.row_keys(seed, 1), config).step[0])))
+  assert len(set(orders)) > 1
+
+
+def test_traces_survive_a_file(tmp_path):
+  config = sampler.SamplerConfig(alg="entropy", steps=4, max_new_tokens=6)
+  trace = jax.device_get(run(*layout([[2, 3], [4]], 6, 1), sampler.row_keys(0, 2), config))
+  sampler.save_trace(tmp_path / "t.npz", trace)
+  again = sampler.load_trace(tmp_path / "t.npz")
+  jax.tree.map(np.testing.assert_array_equal, trace, again)
+  history = sampler.history(again, MASK)
+  np.testing.assert_array_equal(history[-1], trace.tokens)
+  assert (history[0] == MASK).sum() > (history[-1] == MASK).sum()
+
+
+def test_a_trace_of_another_version_is_refused(tmp_path):
+  np.savez(tmp_path / "t.npz", version=99, tokens=np.zeros((1, 1)))
+  with pytest.raises(ValueError, match="version 99"):
+    sampler.load_trace(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+  "wrong", [dict(alg="best"), dict(top_p=0.0), dict(temperature=-1.0), dict(eps=0.0), dict(steps=-1)]
+)
+def test_settings_out_of_range_are_named(wrong):
+  with pytest.raises(ValueError, match=f"sampler.{next(iter(wrong))}"):
+    sampler.SamplerConfig(**wrong)
+
+
+def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
+  logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.15, 0.05]]]))
+  kept = lambda p: (remasking.filter_logits(logits, top_p=p) > remasking.REMOVED)[0, 0].tolist()  # noqa: E731
+  assert kept(0.6) == [True, True, False, False]
+  assert kept(0.01) == [True, False, False, False]
+  assert kept(0.9) == [True, True, True, False]
+
+
+def test_top_k_keeps_ties():
+  logits = jnp.asarray([[[2.0, 1.0, 1.0, 0.0]]])
+  kept = remasking.filter_logits(logits, top_k=2) > remasking.REMOVED
+  assert kept[0, 0].tolist() == [True, True, True, False]

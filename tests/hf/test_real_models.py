@@ -1,0 +1,66 @@
+"""Real weights through the whole path: bits per byte of real models on real code.
+
+The models are made by `shared/tools/real_models.py` (about 600 MB of downloads) into the folder
+$DIFFUCODER_REAL_MODELS, or a temporary one.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from diffucoder_jax import pretrained
+
+pytestmark = pytest.mark.slow
+NUM_TOKENS = 512
+TEXT = pathlib.Path(textwrap.__file__).read_text()[:6000]
+# Autoregressive, float32, first 512 tokens of Python 3.11's textwrap.py: from the notes on those
+# models in shared/benchmarks/README.md.
+BITS_PER_BYTE = {"smollm2-135m": 0.89, "qwen2.5-coder-0.5b": 0.64}
+NLL = {"qwen2.5-coder-0.5b": 1.92}
+
+
+@pytest.fixture(scope="session")
+def folder_of(shared, tmp_path_factory):
+  """A function from a model's name to its Hugging Face folder."""
+  given = os.environ.get("DIFFUCODER_REAL_MODELS")
+  root = pathlib.Path(given) if given else tmp_path_factory.mktemp("real_models")
+
+  def folder(name):
+    if not (root / name / "tokenizer.json").exists():  # the last file that is written
+      tool = shared / "tools" / "real_models.py"
+      if not tool.exists():
+        pytest.skip(f"{tool} is not there to make {name}")
+      made = subprocess.run(
+        [sys.executable, str(tool), name, str(root / name)], capture_output=True, text=True
+      )
+      if made.returncode:
+        pytest.skip(f"{tool.name} could not make {name} (no network?): {made.stderr[-300:]}")
+    return root / name
+
+  return folder
+
+
+@pytest.mark.parametrize("name", sorted(BITS_PER_BYTE))
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the text is Python 3.11's textwrap.py")
+def test_bits_per_byte(folder_of, name):
+  ckpt = pretrained.from_pretrained(folder_of(name))
+  assert ckpt.config.attention == "causal" and ckpt.config.tied_head
+  ids = np.asarray(ckpt.tokenizer.encode(TEXT)[:NUM_TOKENS])
+  logps_LV = np.asarray(jax.nn.log_softmax(pretrained.logits(ckpt, ids[None])[0]))
+  nll_L = -logps_LV[np.arange(1, NUM_TOKENS), ids[1:]]
+  num_bytes = ckpt.tokenizer.token_bytes()[ids[1:]].sum()
+  assert nll_L.sum() / np.log(2) / num_bytes == pytest.approx(BITS_PER_BYTE[name], abs=0.01)
+  if name in NLL:
+    assert nll_L.mean() == pytest.approx(NLL[name], abs=0.01)
+
+
+def test_the_qwen_folder_has_dreams_ids(folder_of):
+  ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"), param_dtype="bfloat16")
+  assert (ckpt.mask_id, ckpt.eos_id, ckpt.pad_id) == (151666, 151643, 151667)
+  assert ckpt.mask_id < ckpt.config.vocab_size

@@ -1,0 +1,92 @@
+"""The house's arrows point down: who may import whom, read from the source."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import diffucoder_jax
+
+ROOT = pathlib.Path(diffucoder_jax.__file__).parent
+PACKAGES = {"runtime", "execution", "model", "data", "diffusion", "grpo", "evals", "hf"}
+PROGRAMS = {"train", "train_grpo", "generate", "evaluate", "analyze", "prepare", "convert", "aot"}
+LOWER = {"diffusion", "data", "model", "execution", "runtime"}
+MAY_IMPORT = {
+  "runtime": set(),
+  "execution": set(),
+  "model": {"runtime"},
+  "data": {"runtime"},
+  "diffusion": {"runtime"},
+  "grpo": LOWER,
+  "evals": LOWER,
+  "hf": LOWER,
+}
+
+
+def modules():
+  return [(path, path.relative_to(ROOT).parts) for path in sorted(ROOT.rglob("*.py"))]
+
+
+def imports_of_ours(path):
+  """Names under diffucoder_jax that a file imports, wherever the statement stands."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+      continue
+    for name in names:
+      parts = name.split(".")
+      if parts[0] == "diffucoder_jax" and len(parts) > 1:
+        yield parts[1]
+
+
+def test_arrows_point_down():
+  wrong = []
+  for path, parts in modules():
+    package = parts[0] if len(parts) > 1 else None
+    for target in imports_of_ours(path):
+      allowed = True
+      if package is not None:
+        allowed = target == package or target in MAY_IMPORT[package]
+      if target in PROGRAMS and not (target == "evaluate" and package is None):
+        allowed = False
+      if not allowed:
+        wrong.append(f"{'/'.join(parts)} imports {target}")
+  assert not wrong, "\n".join(wrong)
+
+
+def test_every_package_is_known():
+  found = {parts[0] for _, parts in modules() if len(parts) > 1}
+  assert found <= PACKAGES, f"packages that the layout does not name: {found - PACKAGES}"
+
+
+def test_configs_hold_values_only():
+  configs = ROOT.parent / "configs"
+  for path in configs.glob("*.py"):
+    text = path.read_text()
+    assert "import jax" not in text and "lambda" not in text, path
+  code = "import sys, configs.quickstart_adapt as q; q.get_config(); sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=configs.parent).returncode == 0
+
+
+def test_importing_the_package_is_light():
+  code = "import sys, diffucoder_jax; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def test_torch_is_never_imported():
+  for path, parts in modules():
+    assert "import torch" not in path.read_text(), parts
+
+
+def test_the_public_names_resolve():
+  for name in diffucoder_jax.__all__:
+    assert callable(getattr(diffucoder_jax, name)), name
+
+
+def test_no_module_is_named_for_nothing():
+  for _, parts in modules():
+    assert parts[-1] not in ("utils.py", "util.py", "helpers.py", "misc.py", "common.py"), parts
