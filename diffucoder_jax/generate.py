@@ -5,8 +5,8 @@
   python -m diffucoder_jax.generate --checkpoint PATH --prompts FILE.jsonl --output OUT.jsonl --traces DIR
   echo 'import os' | python -m diffucoder_jax.generate --checkpoint PATH
 
-`--prompts` lines are {"prompt": text} or {"infill": text with <|fill:N|> holes}; other fields are
-kept. Everything read is checked before the model is loaded.
+`--prompts` lines are {"prompt": text}, or {"infill": text with <|fill:N|> holes}, which goes first
+when there are both; other fields are kept. Everything read is checked before the model is loaded.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def read_requests(args):
       request = json.loads(line)
     except ValueError as error:
       raise ValueError(f"{args.prompts} line {number} is not JSON: {error}") from error
-    if not isinstance(request, dict) or ("prompt" in request) == ("infill" in request):
-      raise ValueError(f'{args.prompts} line {number} needs either "prompt" or "infill"')
+    if not isinstance(request, dict) or not {"prompt", "infill"} & request.keys():
+      raise ValueError(f'{args.prompts} line {number} needs "prompt" or "infill"')
     requests.append(request)
   if not requests:
     raise ValueError(f"{args.prompts} holds no prompts")

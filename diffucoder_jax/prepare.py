@@ -1,16 +1,20 @@
-"""Prepares what training reads. For now: a SentencePiece tokenizer for a corpus.
+"""Prepares what the other programs read: a tokenizer for a corpus, prompts from its held-out files.
 
-  python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output=DIR/tokenizer.model
+  python -m diffucoder_jax.prepare tokenizer --config=CONFIG --output=DIR/tokenizer.model
+  python -m diffucoder_jax.prepare prompts --config=CONFIG --config.tokenizer=DIR --output=DIR/prompts.jsonl
 """
 
+import json
 import time
 
 from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from diffucoder_jax.data import sources
-from diffucoder_jax.data.tokenizer import train_sentencepiece
+from diffucoder_jax.data import functions, sources
+from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+
+PROMPTS = 4  # of each kind
 
 
 def tokenizer(config, output):
@@ -30,7 +34,36 @@ def tokenizer(config, output):
   )
 
 
-COMMANDS = {"tokenizer": tokenizer}
+def prompts(config, output):
+  """Writes held-out functions as jsonl for `generate`: some to complete, some with a hole to fill.
+
+  A hole is one line from the middle of a body, and says how many tokens were there. All fit into
+  half a training row, so that the model has seen such lengths.
+  """
+  encode = load_tokenizer(config.tokenizer).encode
+  documents, _ = sources.read_documents(config.data)
+  _, held_out = sources.split(documents, config.data.held_out)
+  room = config.data.seq_len // 2
+
+  def fits(function):
+    whole = len(encode(function.prompt + function.body))
+    return room // 2 <= whole <= room and function.body.count("\n") >= 3
+
+  rows = []
+  for i, f in enumerate(functions.pick_functions(held_out, 2 * PROMPTS, fits)):
+    row = {"source": f.name, "kind": "complete", "prompt": f.prompt, "reference": f.body}
+    if i >= PROMPTS:
+      lines = f.body.splitlines(keepends=True)
+      hole = lines[len(lines) // 2]
+      before, after = f.prompt + "".join(lines[: len(lines) // 2]), "".join(lines[len(lines) // 2 + 1 :])
+      row |= {"kind": "infill", "prompt": before, "suffix": after, "reference": hole}
+      row["infill"] = f"{before}<|fill:{len(encode(hole))}|>{after}"
+    rows.append(row)
+  epath.Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+  print(f"prompts: {len(rows)} from {len(held_out)} held-out files, {output}")
+
+
+COMMANDS = {"tokenizer": tokenizer, "prompts": prompts}
 
 
 if __name__ == "__main__":

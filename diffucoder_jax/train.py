@@ -28,6 +28,7 @@ from diffucoder_jax.model import attention
 from diffucoder_jax.model.config import ModelConfig, train_flops_per_token
 from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix
 from diffucoder_jax.runtime import checkpoint, metrics, optim, sharding
+from diffucoder_jax.runtime import workdir as workdirs
 
 PREEMPTED = 42  # the exit code that tells launchers to start the same command again
 
@@ -256,7 +257,7 @@ def main(config, workdir):
 
   # State, by precedence: 1. this workdir's checkpoint  2. config.init_from  3. fresh.
   as_json = {**config.to_dict(), "model": dataclasses.asdict(model.config)}
-  checkpoint.claim_workdir(workdir, as_json)
+  workdirs.claim_workdir(workdir, as_json)
   if sharding.is_main_process():
     tokenizer.save(workdir)
   abstract, make_state = initial_state(config, mesh, model, tx, init_key)

@@ -16,6 +16,7 @@ from diffucoder_jax.data.tokenizer import HFTokenizer
 from diffucoder_jax.hf import load, mapping
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime import checkpoint, sharding
+from diffucoder_jax.runtime import workdir as workdirs
 
 HF = dict(
   model_type="Dream", vocab_size=304, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -77,7 +78,7 @@ def workdir(tmp_path_factory, params, tokenizer_json):
   """A run of ours with two checkpoints, 3 and 7; the older one holds zeros."""
   path = tmp_path_factory.mktemp("workdir")
   config = {"seed": 1, "model": dataclasses.asdict(CONFIG)}
-  checkpoint.claim_workdir(path, config)
+  workdirs.claim_workdir(path, config)
   settings = config_dict.create(every=1, keep=2, keep_every=0)
   manager = checkpoint.open_manager(path, settings)
   for step, scale in ((3, 0.0), (7, 1.0)):

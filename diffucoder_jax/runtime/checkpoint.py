@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous saves, checked restores, and one run per workdir.
+"""Checkpoints: asynchronous saves, and restores that are checked.
 
 A checkpoint directory `<workdir>/checkpoints/<step>/`, named by the number of finished optimiser
 steps, holds four items: `state` (arrays), `data` (position in the data), `config`, and `integrity`
@@ -8,7 +8,6 @@ steps, holds four items: `state` (arrays), `data` (position in the data), `confi
 import json
 import signal
 import threading
-import zlib
 from logging import WARNING
 
 import jax
@@ -20,106 +19,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from diffucoder_jax.runtime import fingerprint
-
-# A change in these sections cannot change what is learnt.
-HARMLESS = ("mesh", "log", "checkpoint", "eval")
-ACCEPT = "--config.checkpoint.accept_changes=True"
+from diffucoder_jax.runtime import workdir as workdirs
 
 _sigterm = threading.Event()
 
 
 class DamagedCheckpoint(ValueError):
   """A checkpoint that cannot be read or is not what was saved."""
-
-
-# --- Text: configs and other JSON.
-
-
-def _canonical(value):
-  """One text per JSON value, whatever the order of keys; a tuple equals a list."""
-  return json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
-
-
-def _crc(value):
-  return zlib.crc32(_canonical(value).encode())
-
-
-def _write_text(path, text):
-  """Writes a file so that a reader sees all of it or nothing."""
-  part = path.parent / (path.name + ".part")
-  part.write_text(text)
-  part.replace(path)
-
-
-def _flat(tree, prefix=""):
-  if not isinstance(tree, dict) or not tree:
-    return {prefix: tree}
-  items = {}
-  for key, value in tree.items():
-    items.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-  return items
-
-
-def config_changes(saved, current):
-  """What differs between two configs (nested dicts of JSON values).
-
-  Returns:
-    list of "dotted.key: saved -> current", sorted; "absent" stands for a key that is not there.
-  """
-  saved, current = (_flat(json.loads(_canonical(config))) for config in (saved, current))
-  show = lambda config, key: json.dumps(config[key]) if key in config else "absent"  # noqa: E731
-  return [
-    f"{key}: {show(saved, key)} -> {show(current, key)}"
-    for key in sorted(saved.keys() | current.keys())
-    # 1 and 1.0 are the same value; NaN is the same as NaN only as text.
-    if key not in saved
-    or key not in current
-    or (saved[key] != current[key] and show(saved, key) != show(current, key))
-  ]
-
-
-def _check_config(saved, current, where):
-  """Lets harmless and accepted changes pass with a line each; raises for all others."""
-  changes = config_changes(saved, current)
-  harmful = [line for line in changes if line.split(":")[0].split(".")[0] not in HARMLESS]
-  if harmful and not current.get("checkpoint", {}).get("accept_changes", False):
-    lines = "\n  ".join(harmful)
-    raise ValueError(
-      f"{where} was made with another config (saved -> current):\n  {lines}\n"
-      f"Use a new workdir, or set the old values, or say {ACCEPT} to go on with the new ones."
-    )
-  for line in changes:
-    level = logging.WARNING if line in harmful else logging.INFO
-    logging.log(level, "config differs from %s: %s", where, line)
-  return changes
-
-
-def claim_workdir(workdir, config):
-  """Makes `workdir` this run's: writes config.json, or checks that the one there is of this run.
-
-  Call before anything else is written. Differences in the sections mesh, log, checkpoint and eval
-  are fine; config.json then follows the new config.
-
-  Args:
-    workdir: path, also gs://.
-    config: the whole config as nested dict of JSON values.
-  Raises:
-    ValueError: another run lives there; names every changed key with both values.
-  """
-  path = epath.Path(workdir) / "config.json"
-  changes = None
-  if path.exists():
-    try:
-      saved = json.loads(path.read_text())
-    except ValueError as error:
-      raise ValueError(
-        f"{path} is not valid JSON ({error}); move it away to let this run write it again, after "
-        "making sure that the workdir is this run's"
-      ) from error
-    changes = _check_config(saved, config, f"the run in {workdir}")
-  if jax.process_index() == 0 and changes != []:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(json.loads(_canonical(config)), indent=2) + "\n")
 
 
 # --- Reading one checkpoint.
@@ -180,10 +86,10 @@ def _read_text_items(step_dir):
     integrity, data, config = (
       handler.restore(step_dir / name) for name in ("integrity", "data", "config")
     )
-    if integrity["crc32"] != _crc(integrity["of"]):
+    if integrity["crc32"] != workdirs.crc(integrity["of"]):
       raise ValueError("the integrity item is not what was saved")
     for name, value in (("data", data), ("config", config)):
-      if integrity["of"][name] != _crc(value):
+      if integrity["of"][name] != workdirs.crc(value):
         raise ValueError(f"the {name} item is not what was saved")
     return integrity["of"], data, config
 
@@ -346,14 +252,14 @@ def save(manager, step, state, data_state, config, force=False):
   step = int(step)
   if step in manager.all_steps() or not (force or manager.should_save(step)):
     return False
-  data_state, config = (json.loads(_canonical(value)) for value in (data_state, config))
+  data_state, config = (json.loads(workdirs.canonical(value)) for value in (data_state, config))
   leaves = fingerprint.describe(state)
-  content = {"leaves": leaves, "data": _crc(data_state), "config": _crc(config)}
+  content = {"leaves": leaves, "data": workdirs.crc(data_state), "config": workdirs.crc(config)}
   items = ocp.args.Composite(
     state=ocp.args.StandardSave(state),
     data=ocp.args.JsonSave(data_state),
     config=ocp.args.JsonSave(config),
-    integrity=ocp.args.JsonSave({"of": content, "crc32": _crc(content)}),
+    integrity=ocp.args.JsonSave({"of": content, "crc32": workdirs.crc(content)}),
   )
   return manager.save(step, args=items, force=force)
 
@@ -409,7 +315,7 @@ def resume(manager, workdir, abstract_state, config):
     step_dir = manager.directory / str(step)
     try:
       content, data_state, saved_config = _read_text_items(step_dir)
-      _check_config(saved_config, config, f"checkpoint {step_dir}")
+      workdirs.check_config(saved_config, config, f"checkpoint {step_dir}")
       _check_shapes(content["leaves"], abstract_state, f"checkpoint {step_dir}", whole=True)
       state = _read_arrays(step_dir, abstract_state, content["leaves"])
     except DamagedCheckpoint as error:

@@ -328,23 +328,6 @@ def changed(**changes):
   return config
 
 
-def test_config_changes_are_listed_key_by_key():
-  new = changed(model__width=32, model__heads=4, mesh__data=8)
-  del new["seed"]
-  assert checkpoint.config_changes(CONFIG, new) == [
-    "mesh.data: 2 -> 8",
-    "model.heads: absent -> 4",
-    "model.width: 16 -> 32",
-    "seed: 0 -> absent",
-  ]
-  assert checkpoint.config_changes({"a": (1, 2), "b": 1}, {"a": [1, 2], "b": 1.0}) == []
-  assert checkpoint.config_changes({"a": float("nan")}, {"a": float("nan")}) == []
-  assert checkpoint.config_changes({"a": {}}, {"a": {"b": None}}) == [
-    "a: {} -> absent",
-    "a.b: absent -> null",
-  ]
-
-
 def test_resume_refuses_a_changed_config_unless_told(tmp_path):
   mesh = mesh_of(1, 1, 1)
   save_steps(tmp_path, mesh, [1])
@@ -357,26 +340,6 @@ def test_resume_refuses_a_changed_config_unless_told(tmp_path):
   accepted = changed(model__width=32, checkpoint__accept_changes=True)
   assert resume(tmp_path, like, accepted)[0][2] == 1
   assert resume(tmp_path, like, changed(mesh__data=8))[0][2] == 1
-
-
-def test_claim_workdir(tmp_path):
-  path = tmp_path / "run" / "config.json"
-  checkpoint.claim_workdir(tmp_path / "run", CONFIG)
-  first = path.read_text()
-  assert json.loads(first) == CONFIG
-  checkpoint.claim_workdir(str(tmp_path / "run"), CONFIG)
-  with pytest.raises(ValueError, match="model.width: 16 -> 32"):
-    checkpoint.claim_workdir(tmp_path / "run", changed(model__width=32, mesh__data=8))
-  assert path.read_text() == first
-  checkpoint.claim_workdir(tmp_path / "run", changed(mesh__data=8))
-  assert json.loads(path.read_text())["mesh"] == {"data": 8}
-  accepted = changed(model__width=32, checkpoint__accept_changes=True)
-  checkpoint.claim_workdir(tmp_path / "run", accepted)
-  assert json.loads(path.read_text()) == accepted
-  assert [p.name for p in path.parent.iterdir()] == ["config.json"]
-  path.write_text(first[:-9])
-  with pytest.raises(ValueError, match="config.json is not valid JSON"):
-    checkpoint.claim_workdir(tmp_path / "run", CONFIG)
 
 
 def test_fingerprint_sees_every_bit_and_no_sharding():

@@ -1,0 +1,56 @@
+"""Python functions of a corpus as things to complete: a signature, and the body that was there."""
+
+import ast
+import hashlib
+import warnings
+from typing import NamedTuple
+
+
+class Function(NamedTuple):
+  """One function's source, cut after its signature and docstring: source = prompt + body."""
+
+  name: str  # file and line
+  prompt: str
+  body: str
+
+
+def find_functions(document):
+  """The functions of a `sources.Document`; a file that does not parse has none.
+
+  Args:
+    document: has `name` and `text`.
+  Returns:
+    list of `Function`, in the file's order, indentation kept.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # odd escapes in old files are not our business
+      tree = ast.parse(document.text)
+  except (SyntaxError, ValueError):
+    return []
+  lines = document.text.splitlines(keepends=True)
+  functions = []
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      continue
+    body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+    if not body or body[0].lineno == node.lineno:  # nothing but a docstring, or all in one line
+      continue
+    first = min([body[0].lineno, *(d.lineno for d in getattr(body[0], "decorator_list", ()))])
+    prompt = "".join(lines[node.lineno - 1 : first - 1])
+    text = "".join(lines[first - 1 : node.end_lineno])
+    functions.append(Function(f"{document.name}:{node.lineno}", prompt, text))
+  return functions
+
+
+def pick_functions(documents, count, fits):
+  """A fixed choice of functions for which `fits(function)` holds: the first by hash of their text.
+
+  Raises:
+    ValueError: fewer than `count` of them.
+  """
+  found = [f for document in documents for f in find_functions(document) if fits(f)]
+  found.sort(key=lambda f: hashlib.sha256((f.prompt + f.body).encode()).hexdigest())
+  if len(found) < count:
+    raise ValueError(f"asked for {count} functions, and only {len(found)} are of a fitting length")
+  return found[:count]

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The whole story in small, on a laptop: a tokenizer, an autoregressive model of Python, its
+# adaptation to masked diffusion, completions, and a report to open in a browser.
+#   bash launch/quickstart.sh [WORKDIR]          about 5 minutes on 2 cores after installation
+# Every step is a program that a pod would run with another config. Started again with the same
+# WORKDIR, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+enter_venv report
+
+WORKDIR=${1:-$PWD/workdir_quickstart}
+AR_STEPS=${AR_STEPS:-300}          # autoregressive pre-training
+ADAPT_STEPS=${ADAPT_STEPS:-300}    # from there to diffusion; "scratch" gets the sum of both
+mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+TOKENIZER=$WORKDIR/tokenizer.model
+
+step() { echo; echo "== $* (minute $((SECONDS / 60)))"; }
+train() { python -m diffucoder_jax.train "$@"; }
+
+step "1/7 a tokenizer, trained on this Python's standard library"
+[ -s "$TOKENIZER" ] ||
+  python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output="$TOKENIZER"
+
+step "2/7 an autoregressive model, $AR_STEPS steps"
+train --config=configs/quickstart_ar.py --workdir="$WORKDIR/ar" \
+  --config.tokenizer="$TOKENIZER" --config.optim.steps="$AR_STEPS"
+
+step "3/7 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
+train --config=configs/quickstart_adapt.py --workdir="$WORKDIR/adapt" \
+  --config.init_from="$WORKDIR/ar" --config.optim.steps="$ADAPT_STEPS"
+
+step "4/7 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
+train --config=configs/quickstart_adapt.py:scratch --workdir="$WORKDIR/scratch" \
+  --config.tokenizer="$TOKENIZER" --config.optim.steps="$((AR_STEPS + ADAPT_STEPS))"
+
+step "5/7 completing and infilling functions that were held out"
+python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
+  --config.tokenizer="$TOKENIZER" --output="$WORKDIR/prompts.jsonl"
+python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
+  --max_new_tokens 40 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
+
+step "6/7 one of them again, as it is denoised"
+python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --show --max_new_tokens 40 \
+  --prompt "$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["prompt"])' "$WORKDIR/prompts.jsonl")"
+
+step "7/7 the report"
+python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
+  --config configs/quickstart_adapt.py \
+  --runs ar="$WORKDIR/ar" adapt="$WORKDIR/adapt" scratch="$WORKDIR/scratch" \
+  --samples "$WORKDIR/samples.jsonl" --trace "$WORKDIR/traces/0.npz"
+
+echo
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: open $WORKDIR/report/index.html"

@@ -1,0 +1,59 @@
+"""A workdir belongs to one run, and says which values of another config differ."""
+
+import json
+
+import pytest
+
+from diffucoder_jax.runtime import workdir as workdirs
+
+CONFIG = {
+  "seed": 0,
+  "model": {"width": 16, "layers": 2},
+  "mesh": {"data": 2},
+  "checkpoint": {"every": 1, "accept_changes": False},
+}
+
+
+def changed(**changes):
+  config = json.loads(json.dumps(CONFIG))
+  for key, value in changes.items():
+    section, name = key.split("__")
+    config[section][name] = value
+  return config
+
+
+def test_config_changes_are_listed_key_by_key():
+  new = changed(model__width=32, model__heads=4, mesh__data=8)
+  del new["seed"]
+  assert workdirs.config_changes(CONFIG, new) == [
+    "mesh.data: 2 -> 8",
+    "model.heads: absent -> 4",
+    "model.width: 16 -> 32",
+    "seed: 0 -> absent",
+  ]
+  assert workdirs.config_changes({"a": (1, 2), "b": 1}, {"a": [1, 2], "b": 1.0}) == []
+  assert workdirs.config_changes({"a": float("nan")}, {"a": float("nan")}) == []
+  assert workdirs.config_changes({"a": {}}, {"a": {"b": None}}) == [
+    "a: {} -> absent",
+    "a.b: absent -> null",
+  ]
+
+
+def test_claim_workdir(tmp_path):
+  path = tmp_path / "run" / "config.json"
+  workdirs.claim_workdir(tmp_path / "run", CONFIG)
+  first = path.read_text()
+  assert json.loads(first) == CONFIG
+  workdirs.claim_workdir(str(tmp_path / "run"), CONFIG)
+  with pytest.raises(ValueError, match="model.width: 16 -> 32"):
+    workdirs.claim_workdir(tmp_path / "run", changed(model__width=32, mesh__data=8))
+  assert path.read_text() == first
+  workdirs.claim_workdir(tmp_path / "run", changed(mesh__data=8))
+  assert json.loads(path.read_text())["mesh"] == {"data": 8}
+  accepted = changed(model__width=32, checkpoint__accept_changes=True)
+  workdirs.claim_workdir(tmp_path / "run", accepted)
+  assert json.loads(path.read_text()) == accepted
+  assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+  path.write_text(first[:-9])
+  with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    workdirs.claim_workdir(tmp_path / "run", CONFIG)
