@@ -1,12 +1,11 @@
 r"""A small autoregressive model of Python, on the standard library: what adaptation starts from.
 
-python -m diffucoder_jax.train --config=configs/quickstart_ar.py --workdir=WORKDIR/ar \
-  --config.tokenizer=WORKDIR/tokenizer.model
+python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output=W/tokenizer.model
+python -m diffucoder_jax.train --config=configs/quickstart_ar.py --workdir=W/ar \
+  --config.tokenizer=W/tokenizer.model
 """
 
 from configs import common
-
-STEPS = 600
 
 
 def get_config(arg=None):
@@ -16,12 +15,18 @@ def get_config(arg=None):
   c.objective.kind = "autoregressive"
   c.data.on_undecodable = "skip"
   c.data.seq_len = 128
-  c.data.global_batch = 32
-  c.optim.steps = STEPS
+  c.data.global_batch = 16
+  c.optim.steps = 250
   c.optim.lr = 4e-3
   c.optim.warmup_steps = 40
-  c.checkpoint.every = 200
-  c.eval.every = 200
+  c.checkpoint.every = 100
+  c.eval.every = 125
   c.eval.rows = 128
   c.log.every = 5
   return c
+
+
+def sweep():
+  """Learning rates around the one that is set."""
+  for lr in (2e-3, 4e-3, 8e-3):
+    yield {"optim.lr": lr}

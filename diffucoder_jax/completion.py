@@ -39,15 +39,19 @@ class Completion:
 def infill_prompt(ckpt, template):
   """Token ids of a text with holes: `<|fill:N|>` stands for N masked tokens.
 
+  With the begin token if the tokenizer wants one, as for prompts.
+
   Raises:
-    ValueError: no hole, or the checkpoint has no mask token.
+    ValueError: no hole, or the checkpoint has no mask token or no tokenizer.
   """
   if ckpt.mask_id < 0:
     raise ValueError("this checkpoint has no mask token, so it cannot fill holes")
+  if ckpt.tokenizer is None:
+    raise ValueError("this checkpoint came without a tokenizer; give templates as token ids")
   pieces = HOLE.split(template)  # text, N, text, N, ..., text
   if len(pieces) == 1:
     raise ValueError("the template has no hole; mark one of N tokens with <|fill:N|>")
-  ids = []
+  ids = [ckpt.tokenizer.bos_id] if ckpt.tokenizer.adds_bos else []
   for i, piece in enumerate(pieces):
     ids += [ckpt.mask_id] * int(piece) if i % 2 else ckpt.tokenizer.encode(piece)
   return ids

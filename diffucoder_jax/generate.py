@@ -77,9 +77,8 @@ def sampler_config(args, causal, infill):
   names = [field.name for field in dataclasses.fields(sampler.SamplerConfig)]
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   defaults = {"alg": "left_to_right"} if causal else {}
-  if infill:
-    defaults["max_new_tokens"] = 0
-  return sampler.SamplerConfig(**{**defaults, **given})
+  holes_only = {"max_new_tokens": 0} if infill else {}
+  return sampler.SamplerConfig(**{**defaults, **given, **holes_only})
 
 
 def main(args):

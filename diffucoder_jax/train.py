@@ -303,6 +303,8 @@ def main(config, workdir):
   flops_per_step = train_flops_per_token(model.config, config.data.seq_len) * tokens_per_step
   writer = metrics.Writer(workdir, start + 1, config.log)
   progress = metrics.Progress(config.optim.steps, start)
+  # All at once: one by one they would queue up on the device, behind the step that is running.
+  rates = jax.device_get(jax.vmap(learning_rate)(np.arange(config.optim.steps)))
   last_eval = None
   pending = None  # (step, metrics still on the device)
   clock = (start, time.monotonic())  # of the last row written
@@ -312,7 +314,7 @@ def main(config, workdir):
     if pending is None:
       return
     (step, on_device), (last_step, last_time) = pending, clock
-    row = {**jax.device_get(on_device), "learning_rate": float(learning_rate(step - 1))}
+    row = {**jax.device_get(on_device), "learning_rate": float(rates[step - 1])}
     pending, clock = None, (step, time.monotonic())
     seconds = (clock[1] - last_time) / (step - last_step)
     row["tokens_per_second"] = tokens_per_step / seconds
@@ -340,6 +342,7 @@ def main(config, workdir):
       if clock[0] < step:
         pending = (step, on_device)
       flush()
+      writer.flush()
       data_state = {"batches": batches.get_state(), "corpus": corpus.fingerprint}
       checkpoint.save(manager, step, state, data_state, as_json, force=due)
     if preempted and not last:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from configs import tiny as tiny_config
 from diffucoder_jax import pretrained, train
-from diffucoder_jax.data import sources
+from diffucoder_jax.data import pipeline, sources
 from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from diffucoder_jax.runtime import checkpoint, metrics, sharding
 
@@ -93,6 +95,30 @@ def config(home, arg=None, changes=()):
 
 
 @contextlib.contextmanager
+def quick_compilation(tmp_path_factory):
+  """Inside, XLA optimises little and keeps what it compiled for the other tests of this session.
+
+  Compiling takes most of the time of a tiny run, and the same few programs come again and again.
+  """
+  folder = tmp_path_factory.getbasetemp() / "programs"
+  settings_ = {
+    "jax_compilation_cache_dir": str(folder),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_disable_most_optimizations": True,
+  }
+  before = {name: jax.config.values[name] for name in settings_}
+  try:
+    for name, value in settings_.items():
+      jax.config.update(name, value)
+    jax_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    jax_cache.reset_cache()
+
+
+@contextlib.contextmanager
 def fresh_process(devices=1):
   """Inside, programs see the first `devices` devices; afterwards nothing of them is left."""
   make_mesh = sharding.make_mesh
@@ -114,6 +140,20 @@ def run_training(c, workdir, devices=1):
   """`train.main` in this process. Returns the last held-out (bits per byte, standard error)."""
   with fresh_process(devices):
     return train.main(c, str(workdir))
+
+
+def overfit(home, folder, arg=None):
+  """Trains many steps on one easy batch. Returns (workdir, bits per byte on the held-out side)."""
+  corpus = one_batch_corpus(folder / "corpus", home.tokenizer)
+  steps = 80
+  changes = {
+    "data.path": corpus, "data.held_out": 0.5, "optim.steps": steps, "optim.lr": 1e-2,
+    "checkpoint.every": steps // 2, "eval.every": steps, "eval.draws": 8,
+  }  # fmt: skip
+  c = config(home, arg, changes)
+  rows = pipeline.load_corpus(c.data, load_tokenizer(home.tokenizer), c.seed).train
+  assert len(rows) == c.data.global_batch, "not one batch"
+  return folder / "run", run_training(c, folder / "run")[0]
 
 
 def program(name):
@@ -147,6 +187,11 @@ def steps_on_file(workdir):
   """The steps that have a finished checkpoint, ascending."""
   folder = pathlib.Path(workdir) / "checkpoints"
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def remove_checkpoint(workdir, step):
+  """As if the run had not come that far."""
+  shutil.rmtree(pathlib.Path(workdir) / "checkpoints" / str(step))
 
 
 def params(workdir):
@@ -223,10 +268,11 @@ def wait_until(condition, process, seconds=240):
   return True
 
 
-def lines_of(workdir):
-  """How many lines metrics.jsonl has so far."""
+def last_row(workdir):
+  """The last whole row of a metrics.jsonl that may be growing; step 0 at time 0 when there is none."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
-  return path.read_bytes().count(b"\n") if path.exists() else 0
+  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+  return json.loads(lines[-1]) if lines else {"step": 0, "time": 0.0}
 
 
 def free_port():

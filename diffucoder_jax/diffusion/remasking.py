@@ -22,18 +22,37 @@ def filter_logits(logits_BLV, temperature=0.0, top_p=1.0, top_k=0):
   if temperature > 0:
     logits_BLV = logits_BLV / temperature
   if top_p < 1.0:
-    order_BLV = jnp.argsort(-logits_BLV, axis=-1, stable=True)
-    sorted_BLV = jnp.take_along_axis(logits_BLV, order_BLV, axis=-1)
-    cumulative_BLV = jnp.cumsum(jax.nn.softmax(sorted_BLV, axis=-1), axis=-1)
-    # A token goes when the ones before it already exceed top_p: the crossing one stays.
-    gone_BLV = jnp.roll(cumulative_BLV > top_p, 1, axis=-1).at[..., 0].set(False)
-    rank_BLV = jnp.argsort(order_BLV, axis=-1)
-    gone_BLV = jnp.take_along_axis(gone_BLV, rank_BLV, axis=-1)
-    logits_BLV = jnp.where(gone_BLV, REMOVED, logits_BLV)
+    probs_BLV = jax.nn.softmax(logits_BLV, axis=-1)
+    smallest_BL = _nucleus_edge(probs_BLV, top_p)
+    logits_BLV = jnp.where(probs_BLV < smallest_BL[..., None], REMOVED, logits_BLV)
   if 0 < top_k < logits_BLV.shape[-1]:
     kth_BL = jax.lax.top_k(logits_BLV, top_k)[0][..., -1]
     logits_BLV = jnp.where(logits_BLV < kth_BL[..., None], REMOVED, logits_BLV)
   return logits_BLV
+
+
+def _nucleus_edge(probs_BLV, top_p):
+  """Smallest probability that the nucleus keeps, float32 [B, L].
+
+  A token stays when the tokens that are more likely than it do not yet exceed top_p together; so
+  the one that crosses stays, and tied tokens stay or go together (a sort would split them). Found
+  by bisection over the bits of a non-negative float, which are ordered like its value: 31 sums
+  instead of a sort, which takes 10 times as long on CPU and is worse on TPU.
+  """
+
+  def halve(_, bounds):
+    low_BL, high_BL = bounds  # the edge lies in (low, high]
+    middle_BL = low_BL + (high_BL - low_BL) // 2
+    edge_BL = jax.lax.bitcast_convert_type(middle_BL, jnp.float32)
+    above_BL = jnp.sum(jnp.where(probs_BLV > edge_BL[..., None], probs_BLV, 0.0), axis=-1)
+    enough_BL = above_BL <= top_p
+    return jnp.where(enough_BL, low_BL, middle_BL), jnp.where(enough_BL, middle_BL, high_BL)
+
+  # -1 and 1.0: no token is more likely than 1, and bit pattern -1 is below every edge tried.
+  low_BL = jnp.full(probs_BLV.shape[:-1], -1, jnp.int32)
+  high_BL = jax.lax.bitcast_convert_type(jnp.ones(probs_BLV.shape[:-1], jnp.float32), jnp.int32)
+  _, edge_BL = jax.lax.fori_loop(0, 31, halve, (low_BL, high_BL))
+  return jax.lax.bitcast_convert_type(edge_BL, jnp.float32)
 
 
 def draw_tokens(logits_BLV, filtered_BLV, mask_id, gumbel_BLV=None):

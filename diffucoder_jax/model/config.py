@@ -80,7 +80,7 @@ PRESETS = {
     rope_theta=1e4, remat="none",
   ),
   "small": dict(
-    vocab_size=4096, embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=32, mlp_dim=512,
+    vocab_size=4096, embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344,
     rope_theta=1e4, remat="none", tied_head=True,
   ),
   "qwen2_5_coder_0_5b": dict(_qwen(151936, 896, 24, 14, 2, 4864, True), attention="causal"),

@@ -213,12 +213,16 @@ class Writer:
     if time.monotonic() - self._written > 60:
       self._rewrite(self._kept)
 
+  def flush(self):
+    """Puts every row on file, also where the file is only written now and then."""
+    if self._kept:
+      self._rewrite(self._kept)
+
   def close(self):
     """Writes what is still to be written and closes everything."""
     if self._file is not None:
       self._file.close()
-    if self._kept:
-      self._rewrite(self._kept)
+    self.flush()
     for _, close in self._sinks:
       close()
     self._sinks = []

@@ -34,6 +34,7 @@ def start_distributed():
   DIFFUCODER_COORDINATOR (host:port), DIFFUCODER_PROCESSES and DIFFUCODER_PROCESS say who is who.
   Being explicit means that a misconfigured pod stops instead of training once per host.
   """
+  _enough_threads()
   if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
     return
   coordinator = os.environ.get("DIFFUCODER_COORDINATOR")
@@ -45,6 +46,16 @@ def start_distributed():
       num_processes=int(os.environ["DIFFUCODER_PROCESSES"]),
       process_id=int(os.environ["DIFFUCODER_PROCESS"]),
     )
+
+
+def _enough_threads():
+  """Gives XLA's thread pool on CPU more threads than there are fake devices.
+
+  It has one for each by default. Devices wait for each other inside these threads, so two
+  collectives in flight at once use them all up and the program hangs.
+  """
+  if jax.config.jax_num_cpu_devices > 1:
+    os.environ.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
 
 
 def is_main_process():
@@ -61,6 +72,7 @@ def make_mesh(mesh_config, devices=None):
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
+  _enough_threads()  # for programs that make no use of `start_distributed`
   devices = jax.devices() if devices is None else devices
   sizes = [int(mesh_config[axis]) for axis in AXES]
   known = math.prod(size for size in sizes if size != -1)

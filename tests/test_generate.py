@@ -1,0 +1,282 @@
+"""Completing and infilling: the Python API on every kind of checkpoint, and the command line."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from diffucoder_jax import pretrained
+from diffucoder_jax.completion import SamplerConfig, generate, infill_prompt
+from diffucoder_jax.diffusion import sampler
+from tests import tiny
+
+GREEDY = SamplerConfig(max_new_tokens=12, temperature=0.0, top_p=1.0)
+DRAWN = SamplerConfig(max_new_tokens=12, temperature=0.8, top_p=0.95)
+PROMPTS = ("def f1003(x):\n", "def", "def f1010(x):\n  return x + 1010\ndef f1011(", "x", "(")
+TEMPLATE = "def f1003(x):\n<|fill:6|>x + <|fill:3|>\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+  with tiny.quick_compilation(tmp_path_factory):
+    yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A diffusion run that knows its small corpus well: checkpoints 40 and 80."""
+  home = tiny.make_home(tmp_path_factory.mktemp("home"))
+  return tiny.overfit(home, tmp_path_factory.mktemp("diffusion"))[0]
+
+
+@pytest.fixture(scope="module")
+def ckpt(workdir):
+  return pretrained.from_pretrained(workdir)
+
+
+@pytest.fixture(scope="module")
+def program():
+  return tiny.program("generate")
+
+
+def tokens_and_steps(completions):
+  return [(c.tokens.tolist(), c.trace.step[0].tolist()) for c in completions]
+
+
+# --- The Python API.
+
+
+@pytest.mark.parametrize("config", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_neither_batch_size_nor_neighbours_matter(ckpt, config):
+  wanted = tokens_and_steps(generate(ckpt, PROMPTS, config, seed=3, batch_size=len(PROMPTS)))
+  for batch_size in (1, 2):
+    assert tokens_and_steps(generate(ckpt, PROMPTS, config, 3, batch_size)) == wanted
+  others = [PROMPTS[0], "return " * 5, PROMPTS[2], "\n\n\n\n"]
+  changed = tokens_and_steps(generate(ckpt, others, config, 3, batch_size=8))
+  assert (changed[0], changed[2]) == (wanted[0], wanted[2])
+  assert changed[1] != wanted[1]
+  # The seed decides draws and nothing else does.
+  again = tokens_and_steps(generate(ckpt, PROMPTS, config, seed=4))
+  assert (again == wanted) == (config == GREEDY)
+
+
+def test_what_was_learnt_comes_out(ckpt):
+  completion = generate(ckpt, ["def f1003(x):\n  return"], GREEDY)[0]
+  assert completion.text.startswith(" x + ")
+  assert completion.full_text.startswith("def f1003(x):\n  return x + ")
+  assert completion.trace.tokens.shape[1] == len(completion.tokens) + completion.trace.valid.sum() - 12
+  assert completion.trace.nfe[0] == 12 and completion.trace.valid.all()
+
+
+def test_prompts_may_be_ids(ckpt):
+  ids = [ckpt.tokenizer.bos_id, *ckpt.tokenizer.encode(PROMPTS[2])]
+  text, array = generate(ckpt, [PROMPTS[2], ids], GREEDY)
+  assert tokens_and_steps([text]) == tokens_and_steps([array])
+  assert tokens_and_steps(generate(ckpt, [np.asarray(ids)], GREEDY)) == tokens_and_steps([text])
+
+
+def test_infilling_keeps_what_was_given(ckpt):
+  config = dataclasses.replace(GREEDY, max_new_tokens=0)
+  ids = np.asarray(infill_prompt(ckpt, TEMPLATE))
+  hole = ids == ckpt.mask_id
+  assert hole.sum() == 9
+  (completion,) = generate(ckpt, [ids], config)
+  trace = completion.trace
+  np.testing.assert_array_equal(trace.tokens[0][~hole], ids[~hole])
+  np.testing.assert_array_equal(trace.step[0] >= 0, hole)
+  assert len(completion.tokens) == 9 and ckpt.mask_id not in completion.tokens
+  before, after = completion.full_text.split("x + ")
+  assert before.startswith("def f1003(x):\n  return") and after.endswith("\n")
+  assert len(completion.text.split("\n")) >= 2
+  # Holes of other prompts do not change it: rows with other numbers of masks go apart.
+  other = infill_prompt(ckpt, "<|fill:2|> = <|fill:1|>")
+  together = generate(ckpt, [ids, other], config, batch_size=2)
+  assert tokens_and_steps(together[:1]) == tokens_and_steps([completion])
+  assert len(together[1].tokens) == 3
+
+
+def test_infilling_starts_as_a_document_does(ckpt):
+  """Training lays every document down behind a begin token; prompts get it, and so must templates."""
+  assert infill_prompt(ckpt, "<|fill:2|>x")[0] == ckpt.tokenizer.bos_id
+
+
+def test_text_ends_at_the_end_token(ckpt):
+  config = dataclasses.replace(GREEDY, alg="left_to_right")
+  (plain,) = generate(ckpt, PROMPTS[:1], config)
+  ids = plain.tokens.tolist()
+  end = next(i for i, token in enumerate(ids) if i > 2 and token not in ids[:i])
+  stopping = dataclasses.replace(ckpt, eos_id=ids[end])
+  (cut,) = generate(stopping, PROMPTS[:1], config)
+  assert cut.tokens.tolist() == ids
+  assert cut.text == ckpt.tokenizer.decode(ids[:end]) != plain.text
+  assert cut.full_text == PROMPTS[0] + cut.text
+  # With stop_at_eos the rest is not even written.
+  (stopped,) = generate(stopping, PROMPTS[:1], dataclasses.replace(config, stop_at_eos=True))
+  assert stopped.text == cut.text and stopped.trace.nfe[0] == end + 1
+  assert stopped.tokens.tolist() == ids[: end + 1] + [ckpt.mask_id] * (len(ids) - end - 1)
+
+
+@pytest.mark.parametrize(
+  "prompt, changes, message",
+  [
+    ([], {}, "prompt 1 is empty"),
+    ([1, 512], {}, r"prompt 1 has token id 512, outside the vocabulary 0\.\.511"),
+    ([1, -1], {}, "prompt 1 has token id -1"),
+    ([5] * 21, {}, "prompt 1 is too long: 21 tokens and 12 new ones make 33, .* context is 32"),
+    ("text", {"max_new_tokens": 0}, "prompt 0 has no masks and max_new_tokens is 0"),
+  ],
+)
+def test_bad_prompts_are_named(ckpt, prompt, changes, message):
+  short = dataclasses.replace(ckpt, config=dataclasses.replace(ckpt.config, max_seq_len=32))
+  with pytest.raises(ValueError, match=message):
+    generate(short, ["fine", prompt], dataclasses.replace(GREEDY, **changes))
+
+
+def test_what_a_checkpoint_lacks_is_named(ckpt):
+  maskless = dataclasses.replace(ckpt, mask_id=-1)
+  with pytest.raises(ValueError, match="no mask token: only autoregressive"):
+    generate(maskless, ["x"], GREEDY)
+  with pytest.raises(ValueError, match="no mask token, so it cannot fill holes"):
+    infill_prompt(maskless, TEMPLATE)
+  with pytest.raises(ValueError, match="the template has no hole"):
+    infill_prompt(ckpt, "no hole, not even <|fill:x|>")
+  wordless = dataclasses.replace(ckpt, tokenizer=None)
+  with pytest.raises(ValueError, match="without a tokenizer; give prompts as token ids"):
+    generate(wordless, ["x"], GREEDY)
+  with pytest.raises(ValueError, match="tokenizer"):
+    infill_prompt(wordless, TEMPLATE)
+
+
+def test_nothing_in_nothing_out(ckpt):
+  assert generate(ckpt, [], GREEDY) == []
+
+
+def test_autoregressive_weights_need_no_mask(ckpt):
+  causal = dataclasses.replace(ckpt.config, attention="causal")
+  with_mask = dataclasses.replace(ckpt, config=causal)
+  without = dataclasses.replace(with_mask, mask_id=-1)
+  config = dataclasses.replace(GREEDY, alg="left_to_right")
+  a, b = (generate(weights, PROMPTS[:2], config) for weights in (with_mask, without))
+  assert tokens_and_steps(a) == tokens_and_steps(b)
+  (chosen,) = generate(without, PROMPTS[:1])  # without a config: left to right
+  assert sorted(chosen.trace.step[0][-256:].tolist()) == chosen.trace.step[0][-256:].tolist()
+
+
+def test_every_kind_of_path(workdir, ckpt, shared):
+  by_step = {
+    path: generate(pretrained.from_pretrained(workdir / path), PROMPTS[:1], GREEDY)
+    for path in ("checkpoints/40", "checkpoints/80")
+  }
+  newest = tokens_and_steps(generate(ckpt, PROMPTS[:1], GREEDY))
+  assert tokens_and_steps(by_step["checkpoints/80"]) == newest
+  assert tokens_and_steps(by_step["checkpoints/40"]) != newest
+  golden = pretrained.from_pretrained(shared / "golden" / "checkpoint")
+  (completion,) = generate(golden, [[7, 8, 9, golden.mask_id, 11]], GREEDY)
+  assert completion.text == "" and len(completion.tokens) == 13
+  assert completion.trace.tokens[0, [0, 1, 2, 4]].tolist() == [7, 8, 9, 11]
+  assert golden.mask_id not in completion.tokens
+
+
+def test_a_mesh_changes_nothing(workdir, ckpt):
+  mesh = tiny.sharding.make_mesh(dict(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+  spread = pretrained.from_pretrained(workdir, mesh)
+  prompts = PROMPTS[:3]  # which two shards do not divide
+  wanted = tokens_and_steps(generate(ckpt, prompts, DRAWN))
+  assert tokens_and_steps(generate(spread, prompts, DRAWN)) == wanted
+
+
+# --- The command line.
+
+
+def run_program(program, workdir, *arguments):
+  common = ("--checkpoint", str(workdir), "--max_new_tokens", "12", "--temperature", "0")
+  program.main(program.parse_arguments([*arguments, *common, "--top_p", "1"]))
+
+
+def test_prompts_on_the_command_line(program, workdir, ckpt, capsys):
+  prompts = [argument for text in PROMPTS[:2] for argument in ("--prompt", text)]
+  run_program(program, workdir, *prompts)
+  printed = capsys.readouterr()
+  for text, completion in zip(PROMPTS, generate(ckpt, PROMPTS[:2], GREEDY), strict=False):
+    assert text + completion.text + "\n" in printed.out
+  assert "24 tokens in" in printed.err and "network evaluations" in printed.err
+
+
+def test_infill_on_the_command_line(program, workdir, ckpt, capsys):
+  arguments = program.parse_arguments(
+    ["--checkpoint", str(workdir), "--infill", TEMPLATE, "--temperature", "0", "--top_p", "1"]
+  )
+  program.main(arguments)
+  printed = capsys.readouterr().out
+  config = dataclasses.replace(GREEDY, max_new_tokens=0)
+  assert printed == generate(ckpt, [infill_prompt(ckpt, TEMPLATE)], config)[0].full_text + "\n"
+  assert printed.startswith("def f1003(x):\n")
+
+
+def test_files_in_and_out(program, workdir, ckpt, tmp_path, capsys):
+  requests = [
+    {"prompt": PROMPTS[0], "id": 7},
+    {"infill": "def f1003(x):\n<|fill:6|>\n", "tag": "é\u2028"},
+    {"prompt": PROMPTS[2]},
+  ]
+  lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
+  (tmp_path / "in.jsonl").write_text("".join(lines))
+  files = {"prompts": "in.jsonl", "output": "made/out.jsonl", "traces": "traces"}
+  paths = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
+  run_program(program, workdir, *paths)
+  answers = [json.loads(line) for line in (tmp_path / "made" / "out.jsonl").read_text().splitlines()]
+  texts = [a.pop("completion") for a in answers]
+  evaluations = [a.pop("nfe") for a in answers]
+  assert answers == requests
+  plain = generate(ckpt, [PROMPTS[0], PROMPTS[2]], GREEDY)
+  assert [texts[0], texts[2]] == [completion.text for completion in plain]
+  # The flag for new tokens counts for the template as well: they come behind it.
+  assert evaluations == [12, 18, 12]
+  for i, completion in ((0, plain[0]), (2, plain[1])):
+    trace = sampler.load_trace(tmp_path / "traces" / f"{i}.npz")
+    jax.tree.map(np.testing.assert_array_equal, trace, completion.trace)
+  assert (sampler.load_trace(tmp_path / "traces" / "1.npz").step >= 0).sum() == 18
+
+
+def test_show_draws_the_denoising(program, workdir, capsys, monkeypatch):
+  monkeypatch.setattr(program.trace_pictures.time, "sleep", lambda _: None)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  run_program(program, workdir, "--prompt", PROMPTS[0], "--show")
+  printed = capsys.readouterr().out
+  assert printed.count("\x1b[J") >= 12  # a frame for each step
+  assert "f1003" in printed.replace("\x1b[0m", "")
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ("not json", "line 2 is not JSON"),
+    ('{"text": "x"}', 'line 2 needs either "prompt" or "infill"'),
+    ('{"prompt": "x", "infill": "<|fill:1|>"}', "line 2 needs either"),
+    ('["prompt"]', "line 2 needs either"),
+    ('{"prompt": 5}', "line 2"),
+  ],
+)
+def test_bad_lines_are_named_before_anything_is_loaded(program, tmp_path, line, message):
+  (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=message):
+    run_program(program, tmp_path / "no checkpoint", "--prompts", str(tmp_path / "in.jsonl"))
+
+
+def test_an_empty_file_is_named(program, tmp_path):
+  (tmp_path / "in.jsonl").write_text("")
+  with pytest.raises(ValueError, match="in.jsonl holds no prompts"):
+    run_program(program, tmp_path, "--prompts", str(tmp_path / "in.jsonl"))
+
+
+def test_standard_input_and_errors_of_the_real_program(workdir, ckpt, tmp_path):
+  flags = ["--max_new_tokens", "12", "--temperature", "0", "--top_p", "1"]
+  done = tiny.run("generate", ["--checkpoint", str(workdir), *flags], stdin=PROMPTS[0])
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == PROMPTS[0] + generate(ckpt, PROMPTS[:1], GREEDY)[0].text + "\n"
+  done = tiny.run("generate", ["--checkpoint", str(tmp_path), "--prompt", "x"])
+  assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("generate: ")
+  assert "Traceback" not in done.stderr
