@@ -15,18 +15,19 @@ def get_config(arg=None):
   c.objective.kind = "autoregressive"
   c.data.on_undecodable = "skip"
   c.data.seq_len = 128
-  c.data.global_batch = 16
-  c.optim.steps = 250
-  c.optim.lr = 4e-3
+  c.data.global_batch = 8
+  c.optim.steps = 400
+  c.optim.lr = 3e-3
   c.optim.warmup_steps = 40
-  c.checkpoint.every = 100
-  c.eval.every = 125
+  c.checkpoint.every = 200
+  c.eval.every = 250
   c.eval.rows = 128
-  c.log.every = 5
+  c.eval.draws = 4
+  c.log.every = 10
   return c
 
 
 def sweep():
   """Learning rates around the one that is set."""
-  for lr in (2e-3, 4e-3, 8e-3):
+  for lr in (1.5e-3, 3e-3, 6e-3):
     yield {"optim.lr": lr}

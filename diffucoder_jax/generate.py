@@ -27,8 +27,12 @@ from diffucoder_jax.runtime import sharding
 
 def parse_arguments(argv=None):
   """Command line; the fields of `SamplerConfig` are flags, left to the checkpoint's kind if unset."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--checkpoint", required=True, help="workdir, checkpoint or Hugging Face folder")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument(
+    "--checkpoint", required=True, help="workdir, checkpoint or Hugging Face folder"
+  )
   source = parser.add_mutually_exclusive_group()
   source.add_argument("--prompt", action="append", help="text to continue; may be given again")
   source.add_argument("--infill", action="append", help="text with <|fill:N|> holes of N tokens")
@@ -38,7 +42,9 @@ def parse_arguments(argv=None):
   parser.add_argument("--show", action="store_true", help="draw the denoising as it happens")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=8)
-  parser.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's")
+  parser.add_argument(
+    "--param_dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's"
+  )
   for axis in sharding.AXES:
     parser.add_argument(f"--{axis}", type=int, default=1, help=f"mesh size along {axis}")
   for field in dataclasses.fields(sampler.SamplerConfig):
@@ -59,13 +65,18 @@ def read_requests(args):
   if args.prompts in (None, "-"):
     return [{"prompt": sys.stdin.read()}]
   requests = []
-  for number, line in enumerate(epath.Path(args.prompts).read_text().splitlines(), 1):
+  # Not splitlines(): JSON strings may hold U+2028 and its like, which it takes for line ends.
+  lines = epath.Path(args.prompts).read_text().removesuffix("\n").split("\n")
+  for number, line in enumerate(lines if lines != [""] else [], 1):
     try:
       request = json.loads(line)
     except ValueError as error:
       raise ValueError(f"{args.prompts} line {number} is not JSON: {error}") from error
     if not isinstance(request, dict) or not {"prompt", "infill"} & request.keys():
       raise ValueError(f'{args.prompts} line {number} needs "prompt" or "infill"')
+    kind = "infill" if "infill" in request else "prompt"
+    if not isinstance(request[kind], str):
+      raise ValueError(f"{args.prompts} line {number}: {kind!r} is not a text: {request[kind]!r}")
     requests.append(request)
   if not requests:
     raise ValueError(f"{args.prompts} holds no prompts")
@@ -90,7 +101,9 @@ def main(args):
     mesh = sharding.make_mesh(sizes)
   ckpt = from_pretrained(args.checkpoint, mesh=mesh, param_dtype=args.param_dtype)
   if ckpt.tokenizer is None:
-    raise ValueError(f"{args.checkpoint} has no tokenizer file; add one, or use the Python API with ids")
+    raise ValueError(
+      f"{args.checkpoint} has no tokenizer file; add one, or use the Python API with ids"
+    )
 
   results = [None] * len(requests)
   began, written, evaluations = time.monotonic(), 0, 0
@@ -127,6 +140,7 @@ def main(args):
       json.dumps({**request, "completion": output.text, "nfe": int(output.trace.nfe[0])})
       for request, output in zip(requests, results, strict=True)
     ]
+    epath.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(args.output).write_text("".join(line + "\n" for line in lines))
   print(
     f"{written} tokens in {seconds:.1f} s ({written / seconds:.1f} tokens/s with compilation), "

@@ -1,7 +1,7 @@
 """Prepares what the other programs read: a tokenizer for a corpus, prompts from its held-out files.
 
-  python -m diffucoder_jax.prepare tokenizer --config=CONFIG --output=DIR/tokenizer.model
-  python -m diffucoder_jax.prepare prompts --config=CONFIG --config.tokenizer=DIR --output=DIR/prompts.jsonl
+python -m diffucoder_jax.prepare tokenizer --config=CONFIG --output=DIR/tokenizer.model
+python -m diffucoder_jax.prepare prompts --config=CONFIG --config.tokenizer=DIR --output=DIR/prompts.jsonl
 """
 
 import json
@@ -22,7 +22,9 @@ def tokenizer(config, output):
   began = time.monotonic()
   documents, dropped = sources.read_documents(config.data)
   train, held_out = sources.split(documents, config.data.held_out)
-  print(f"tokenizer: {len(train)} files to learn from, {len(held_out)} held out, {len(dropped)} dropped")
+  print(
+    f"tokenizer: {len(train)} files to learn from, {len(held_out)} held out, {len(dropped)} dropped"
+  )
   epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
   made = train_sentencepiece(
     (document.text for document in train), output, config.model.vocab_size, config.seed
@@ -55,7 +57,10 @@ def prompts(config, output):
     if i >= PROMPTS:
       lines = f.body.splitlines(keepends=True)
       hole = lines[len(lines) // 2]
-      before, after = f.prompt + "".join(lines[: len(lines) // 2]), "".join(lines[len(lines) // 2 + 1 :])
+      before, after = (
+        f.prompt + "".join(lines[: len(lines) // 2]),
+        "".join(lines[len(lines) // 2 + 1 :]),
+      )
       row |= {"kind": "infill", "prompt": before, "suffix": after, "reference": hole}
       row["infill"] = f"{before}<|fill:{len(encode(hole))}|>{after}"
     rows.append(row)
@@ -67,7 +72,9 @@ COMMANDS = {"tokenizer": tokenizer, "prompts": prompts}
 
 
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file("config", None, "a config with the corpus", lock_config=True)
+  _CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a config with the corpus", lock_config=True
+  )
   _OUTPUT = flags.DEFINE_string("output", None, "where to write")
   flags.mark_flags_as_required(["config", "output"])
 

@@ -64,7 +64,11 @@ class Objective:
 def _prepare_diffusion(objective, mask_id, batch, key):
   vary_key, noise_key = jax.random.split(key)
   segment_ids_BL, maskable_BL = process.vary_rows(
-    vary_key, batch["segment_ids"], batch["maskable"], objective.truncate_prob, objective.prefix_prob
+    vary_key,
+    batch["segment_ids"],
+    batch["maskable"],
+    objective.truncate_prob,
+    objective.prefix_prob,
   )
   noised = process.forward_process(
     noise_key, batch["tokens"], maskable_BL, mask_id, objective.t_sampler
@@ -162,7 +166,8 @@ def held_out_set(rows, eval_config, global_batch, token_bytes_V, mesh):
   take = functools.partial(pipeline.held_out_batches, rows, eval_config.rows, global_batch)
   # Every process counts the bytes of all rows; only the tokens are cut by process.
   num_bytes = [
-    np.sum(np.where(batch["maskable"], token_bytes_V[batch["tokens"]], 0), axis=1) for batch in take()
+    np.sum(np.where(batch["maskable"], token_bytes_V[batch["tokens"]], 0), axis=1)
+    for batch in take()
   ]
   local = take(shard=sharding.batch_shard(mesh))
   return [(sharding.put_batch(b, mesh), n) for b, n in zip(local, num_bytes, strict=True)]

@@ -10,8 +10,8 @@ source launch/venv.sh
 enter_venv report
 
 WORKDIR=${1:-$PWD/workdir_quickstart}
-AR_STEPS=${AR_STEPS:-250}          # autoregressive pre-training
-ADAPT_STEPS=${ADAPT_STEPS:-250}    # from there to diffusion; "scratch" gets the sum of both
+AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
+ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model

@@ -11,7 +11,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes insist on parsed flags
 
-SHARED = pathlib.Path(os.environ.get("DIFFUCODER_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+SHARED = pathlib.Path(
+  os.environ.get("DIFFUCODER_SHARED", pathlib.Path(__file__).parents[2] / "shared")
+)
 
 
 @pytest.fixture(scope="session")

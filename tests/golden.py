@@ -16,7 +16,7 @@ from diffucoder_jax.model.transformer import Transformer, unembed
 def tensors(path):
   """All tensors of a safetensors file as numpy arrays."""
   with safe_open(path, "np") as f:
-    return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    return {name: f.get_tensor(name) for name in f.keys()}
 
 
 def cases(path):
@@ -44,7 +44,9 @@ def canvas(ids_BL, attention_mask_BL, new_tokens, mask_id):
   rows = ids_BL.shape[0]
   masks = np.full((rows, new_tokens), mask_id, np.int32)
   seen = np.ones((rows, new_tokens), bool)
-  return np.concatenate([ids_BL, masks], 1), np.concatenate([attention_mask_BL.astype(bool), seen], 1)
+  return np.concatenate([ids_BL, masks], 1), np.concatenate(
+    [attention_mask_BL.astype(bool), seen], 1
+  )
 
 
 def hf_tensor(params, config, name):
@@ -52,5 +54,7 @@ def hf_tensor(params, config, name):
   for row in mapping.rows(config):
     if name in row.names(config):
       leaf = np.asarray(mapping.get(params, row))
-      return mapping.to_theirs(row, leaf[row.names(config).index(name)] if row.stacked else leaf, config)
+      return mapping.to_theirs(
+        row, leaf[row.names(config).index(name)] if row.stacked else leaf, config
+      )
   raise KeyError(name)

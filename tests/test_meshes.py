@@ -36,7 +36,9 @@ def loss_and_gradients(config, mesh_shape, objective, params=None):
   def objective_sum(params, b):
     key = jax.random.key(3)
     if objective == "autoregressive":
-      features = model.apply({"params": params}, b["tokens"], b["segment_ids"], pattern=attention.CAUSAL)
+      features = model.apply(
+        {"params": params}, b["tokens"], b["segment_ids"], pattern=attention.CAUSAL
+      )
       total, _ = loss.autoregressive_loss(
         features, output_matrix(params), b["tokens"], b["maskable"]
       )
@@ -86,7 +88,9 @@ def test_meshes_agree(objective, tied, meshes, capfd):
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh():
-  one, many = (loss_and_gradients(CONFIG, shape, "diffusion")[2] for shape in ((1, 1, 1), (2, 2, 2)))
+  one, many = (
+    loss_and_gradients(CONFIG, shape, "diffusion")[2] for shape in ((1, 1, 1), (2, 2, 2))
+  )
   jax.tree.map(np.testing.assert_array_equal, one, many)
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.mktemp("home"))
+  return tiny.make_home(tmp_path_factory.getbasetemp())
 
 
 def changes(mesh, **more):

@@ -22,21 +22,19 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(tmp_path_factory):
-  with tiny.quick_compilation(tmp_path_factory):
+  with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
     yield
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.mktemp("home"))
+  return tiny.make_home(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
-def whole(home, tmp_path_factory):
+def whole(tmp_path_factory):
   """The workdir of a run of 12 steps that was never stopped; checkpoints 4, 8, 12."""
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  tiny.run_training(tiny.config(home), workdir)
-  return workdir
+  return tiny.finished(tmp_path_factory.getbasetemp())
 
 
 class Crash(Exception):
@@ -44,7 +42,7 @@ class Crash(Exception):
 
 
 def at_step(monkeypatch, number, act):
-  """Calls `act` while the `number`-th step of a run gets its batch, counting from the run's start."""
+  """Calls `act` while the `number`-th step of a run, counted from its start, gets its batch."""
   take, taken = pipeline.TrainBatches.__next__, []
 
   def take_and_act(self):
@@ -191,9 +189,9 @@ KILLS = 10
 
 @pytest.mark.slow
 def test_killed_ten_times_at_random(home, tmp_path, capsys):
-  """kill -9 in start-up, between steps and in the middle of saves; always the same run in the end."""
+  """kill -9 in start-up, between steps and within saves: always the same run in the end."""
   changes = {
-    **LONG, "optim.steps": 80, "objective.anneal_steps": 40, "checkpoint.every": 3,
+    **LONG, "optim.steps": 200, "objective.anneal_steps": 100, "checkpoint.every": 3,
     "checkpoint.keep": 2,
   }  # fmt: skip
   rng = random.Random(0)
@@ -215,8 +213,8 @@ def test_killed_ten_times_at_random(home, tmp_path, capsys):
   for moment in moments:
     born = time.time()
     process = tiny.start("train", tiny.flags(home, workdir, None, changes), log, **reads)
-    # How far this life may come: a few steps, so that ten of them do not reach the end.
-    step = min(newest + rng.randint(1, 8), 60)
+    # How far this life may come: so far that ten of them do not reach the end.
+    step = min(newest + rng.randint(1, 25), 170)
 
     def far_enough(born=born, step=step):
       row = tiny.last_row(workdir)
@@ -246,7 +244,7 @@ def test_killed_ten_times_at_random(home, tmp_path, capsys):
     print(f"\nkilled {KILLS} times in {time.monotonic() - began:.0f} s: {history}")
   assert "Traceback" not in log.read_text()
   assert not (workdir / "checkpoints_damaged").exists(), "a kill must not damage a checkpoint"
-  assert list(tiny.losses(workdir)) == list(range(1, 81))
+  assert list(tiny.losses(workdir)) == list(range(1, 201))
   tiny.assert_same_run(workdir, tmp_path / "whole")
   # The kills were where they should be.
   assert any(where for *_, where in history)

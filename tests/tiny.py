@@ -1,6 +1,7 @@
 """A tiny corpus, tokenizer and config, and ways to run the programs: what their tests share."""
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -27,6 +28,9 @@ from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from diffucoder_jax.runtime import checkpoint, metrics, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Must be in the environment before JAX looks for devices; see `sharding._enough_threads`.
+os.environ.setdefault("NPROC", "32")
+
 VOCABULARY = 400  # fewer than the tiny model's 512 rows, as with the published weights
 CLOCKS = ("time", "tokens_per_second", "mfu", "eval/seconds")
 
@@ -41,10 +45,15 @@ class Home(NamedTuple):
   tokenizer: str
 
 
-def make_home(folder):
-  """A corpus of about 40 small files of real Python, and a tokenizer for it."""
+@functools.cache
+def make_home(base):
+  """A corpus of about 40 small files of real Python, and a tokenizer for it; one for all tests.
+
+  `base` is `tmp_path_factory.getbasetemp()`, here and below: the folder of this test session.
+  """
+  folder = base / "home"
   corpus = folder / "corpus"
-  corpus.mkdir()
+  corpus.mkdir(parents=True)
   lines = (inspect.getsource(textwrap) + inspect.getsource(json)).splitlines(keepends=True)
   for i in range(0, len(lines), 20):
     (corpus / f"{i:04}.py").write_text("".join(lines[i : i + 20]))
@@ -71,7 +80,7 @@ def one_batch_corpus(folder, tokenizer, rows=8, seq_len=64):
     sides.setdefault(bool(sources.split([sources.Document("", text)], 0.5)[0]), text)
     if len(sides) == 2:
       break
-  folder.mkdir()
+  folder.mkdir(parents=True)
   for name, text in sides.items():
     (folder / f"{name}.py").write_text(text)
   return str(folder)
@@ -95,14 +104,13 @@ def config(home, arg=None, changes=()):
 
 
 @contextlib.contextmanager
-def quick_compilation(tmp_path_factory):
+def quick_compilation(base):
   """Inside, XLA optimises little and keeps what it compiled for the other tests of this session.
 
   Compiling takes most of the time of a tiny run, and the same few programs come again and again.
   """
-  folder = tmp_path_factory.getbasetemp() / "programs"
   settings_ = {
-    "jax_compilation_cache_dir": str(folder),
+    "jax_compilation_cache_dir": str(base / "programs"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_disable_most_optimizations": True,
   }
@@ -142,8 +150,21 @@ def run_training(c, workdir, devices=1):
     return train.main(c, str(workdir))
 
 
-def overfit(home, folder, arg=None):
+# Nobody may change the workdirs of these two: they are made once for all tests.
+
+
+@functools.cache
+def finished(base):
+  """The workdir of a whole run of configs/tiny.py (12 steps of diffusion), never interrupted."""
+  workdir = base / "finished"
+  run_training(config(make_home(base)), workdir)
+  return workdir
+
+
+@functools.cache
+def overfitted(base, arg):
   """Trains many steps on one easy batch. Returns (workdir, bits per byte on the held-out side)."""
+  home, folder = make_home(base), base / f"overfitted_{arg}"
   corpus = one_batch_corpus(folder / "corpus", home.tokenizer)
   steps = 80
   changes = {
@@ -159,7 +180,7 @@ def overfit(home, folder, arg=None):
 def program(name):
   """The module of a program, without making it an attribute of the package.
 
-  `diffucoder_jax.generate` is a function for users; importing the program of that name would hide it.
+  `diffucoder_jax.generate` is a function for users; importing the program of that name hides it.
   """
   path = ROOT / "diffucoder_jax" / f"{name}.py"
   spec = importlib.util.spec_from_file_location(f"program_{name}", path)
@@ -186,7 +207,8 @@ def losses(workdir):
 def steps_on_file(workdir):
   """The steps that have a finished checkpoint, ascending."""
   folder = pathlib.Path(workdir) / "checkpoints"
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def remove_checkpoint(workdir, step):
@@ -244,8 +266,9 @@ def start(name, arguments, log, **options):
   command = [sys.executable, "-m", f"diffucoder_jax.{name}", *arguments]
   with open(log, "ab") as out:
     return subprocess.Popen(
-      command, cwd=ROOT, env=environment(**options), stdin=subprocess.DEVNULL, stdout=out, stderr=out
-    )
+      command, cwd=ROOT, env=environment(**options), stdin=subprocess.DEVNULL, stdout=out,
+      stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def run(name, arguments, stdin="", seconds=300, **options):
@@ -269,7 +292,7 @@ def wait_until(condition, process, seconds=240):
 
 
 def last_row(workdir):
-  """The last whole row of a metrics.jsonl that may be growing; step 0 at time 0 when there is none."""
+  """The last whole row of a metrics.jsonl that may be growing; of step 0 when there is none."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
   return json.loads(lines[-1]) if lines else {"step": 0, "time": 0.0}

@@ -36,8 +36,9 @@ class PackedRows:
     return -(-len(self.tokens) // self.seq_len)
 
   def __repr__(self):  # Grain compares sources by this when it restores
-    return (f"PackedRows(tokens={len(self.tokens)}, documents={len(self.starts)}, "
-            f"seq_len={self.seq_len})")
+    return (
+      f"PackedRows(tokens={len(self.tokens)}, documents={len(self.starts)}, seq_len={self.seq_len})"
+    )
 
   def __getitem__(self, row):
     """Row `row`: a dict of [seq_len] arrays.
@@ -93,8 +94,10 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
   texts = [document for document in documents if document.text]
   train, held_out = sources.split(texts, data_config.held_out)
   if not train:
-    raise ValueError(f"nothing to train on: {len(documents)} document(s), {len(held_out)} of them "
-                     "held out; give more documents or lower data.held_out")
+    raise ValueError(
+      f"nothing to train on: {len(documents)} document(s), {len(held_out)} of them "
+      "held out; give more documents or lower data.held_out"
+    )
   hashes = {document.name: sources.content_hash(document.text) for document in texts}
   # The held-out order comes from the texts, so that every run and every seed scores the same rows.
   held_out = sorted(held_out, key=lambda document: hashes[document.name])
@@ -120,8 +123,13 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
   }
   if held_out:
     report["held_out_bytes_per_token"] = size["held_out"] / tokens["held_out"]
-  logging.info("corpus: %s", ", ".join(f"{key} {value:.4g}" if isinstance(value, float)
-                                       else f"{key} {value}" for key, value in report.items()))
+  logging.info(
+    "corpus: %s",
+    ", ".join(
+      f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+      for key, value in report.items()
+    ),
+  )
   parts = [hashes[document.name] for document in (*train, *held_out)]
   parts += [tokenizer.fingerprint(), str(seq_len)]
   fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
@@ -144,16 +152,19 @@ def train_batches(rows: PackedRows, data_config, seed: int, shard=(0, 1)):
   global_batch = data_config.global_batch
   local = _local_rows(global_batch, shard, "data.global_batch")
   if len(rows) < global_batch:
-    raise ValueError(f"the training text fills {len(rows)} row(s) of {rows.seq_len} tokens, fewer "
-                     f"than data.global_batch={global_batch}; give more text, or a smaller "
-                     "data.global_batch or data.seq_len")
+    raise ValueError(
+      f"the training text fills {len(rows)} row(s) of {rows.seq_len} tokens, fewer "
+      f"than data.global_batch={global_batch}; give more text, or a smaller "
+      "data.global_batch or data.seq_len"
+    )
   index, count = shard
   dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
   # Batched before it is cut by process: the other way round, rows would move with `count`.
   dataset = dataset.batch(local, drop_remainder=True)[index::count]
   # Rows are made in microseconds; a deep buffer would only hold memory.
-  return TrainBatches(iter(dataset.to_iter_dataset(
-    grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))))
+  return TrainBatches(
+    iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+  )
 
 
 class TrainBatches:
@@ -191,8 +202,10 @@ def held_out_batches(rows: PackedRows, count_rows: int, rows_per_batch: int, sha
   """
   local = _local_rows(rows_per_batch, shard, "the evaluation batch")
   if not len(rows) or count_rows < 1:
-    raise ValueError(f"asked for {count_rows} of {len(rows)} held-out rows; raise data.held_out or "
-                     "give more documents (whole documents are held out)")
+    raise ValueError(
+      f"asked for {count_rows} of {len(rows)} held-out rows; raise data.held_out or "
+      "give more documents (whole documents are held out)"
+    )
   # Neighbouring rows come from the same document, so a sample of few rows is spread out.
   chosen = np.random.default_rng(0).permutation(len(rows))[:count_rows]
   return _held_out_batches(rows, chosen, rows_per_batch, shard[0] * local, local)
@@ -243,8 +256,10 @@ def _scored(tokens, rows):
 def _local_rows(rows, shard, name):
   index, count = shard
   if rows < 1 or rows % count:
-    raise ValueError(f"{name}={rows} cannot be cut into {count} equal blocks, one for each group "
-                     f"of processes; make it a multiple of {count}")
+    raise ValueError(
+      f"{name}={rows} cannot be cut into {count} equal blocks, one for each group "
+      f"of processes; make it a multiple of {count}"
+    )
   if not 0 <= index < count:
     raise ValueError(f"shard {index} of {count} does not exist")
   return rows // count
@@ -267,8 +282,10 @@ def _encode(documents, tokenizer):
   for document, ids in zip(documents, encoded, strict=True):
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
       bad = next(int(i) for i in ids if not 0 <= i < tokenizer.vocab_size)
-      raise ValueError(f"the tokenizer gave token id {bad} for {document.name}, outside its "
-                       f"vocabulary of {tokenizer.vocab_size}; its file is damaged")
+      raise ValueError(
+        f"the tokenizer gave token id {bad} for {document.name}, outside its "
+        f"vocabulary of {tokenizer.vocab_size}; its file is damaged"
+      )
   return encoded
 
 

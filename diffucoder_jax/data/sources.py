@@ -48,8 +48,9 @@ def read_documents(data_config) -> tuple[list[Document], list[str]]:
   if data_config.source not in SOURCES:
     raise ValueError(f"unknown data.source {data_config.source!r}; known: {', '.join(SOURCES)}")
   if data_config.on_undecodable not in ("error", "skip"):
-    raise ValueError("data.on_undecodable must be 'error' or 'skip', got "
-                     f"{data_config.on_undecodable!r}")
+    raise ValueError(
+      f"data.on_undecodable must be 'error' or 'skip', got {data_config.on_undecodable!r}"
+    )
   documents, dropped = [], []
   for name, raw in SOURCES[data_config.source](data_config):
     try:
@@ -63,8 +64,9 @@ def read_documents(data_config) -> tuple[list[Document], list[str]]:
       if len(dropped) <= _NAMES_SHOWN:
         logging.warning("skipped %s", where)
   if dropped:
-    logging.warning("skipped %d undecodable document(s) of %d", len(dropped),
-                    len(dropped) + len(documents))
+    logging.warning(
+      "skipped %d undecodable document(s) of %d", len(dropped), len(dropped) + len(documents)
+    )
   if not documents:
     skipped = f" ({len(dropped)} were undecodable and skipped)" if dropped else ""
     raise ValueError(
@@ -154,8 +156,9 @@ def parquet(data_config):
       except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from error
       if key not in table.schema_arrow.names:
-        raise ValueError(f"{file} has no column {key!r}, only {table.schema_arrow.names}; "
-                         "set data.text_key")
+        raise ValueError(
+          f"{file} has no column {key!r}, only {table.schema_arrow.names}; set data.text_key"
+        )
       row = 0
       for batch in table.iter_batches(columns=[key]):
         column = batch.column(0)
@@ -246,8 +249,9 @@ def _matches(parts, pattern):
     return not parts
   if pattern[0] == "**":
     return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-  return (bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0])
-          and _matches(parts[1:], pattern[1:]))
+  return (
+    bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+  )
 
 
 def _text(name, key, value):

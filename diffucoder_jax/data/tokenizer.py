@@ -17,7 +17,14 @@ import tokenizers
 from etils import epath
 
 SPECIAL_TOKENS = (
-  "<pad>", "<bos>", "<eos>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>", "<|dlm_pad|>",
+  "<pad>",
+  "<bos>",
+  "<eos>",
+  "<unk>",
+  "<mask>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|dlm_pad|>",
 )
 LINES_PER_CHUNK = 64
 MAX_TRAINING_CHARACTERS = 200_000_000
@@ -151,9 +158,13 @@ class HFTokenizer:
     known = hf.get_vocab()
     # Some files list the mask as an ordinary added token, which would be recognised in a text.
     names = ("<|mask|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|dlm_pad|>")
-    hf.add_special_tokens([
-      tokenizers.AddedToken(name, special=True, normalized=False) for name in names if name in known
-    ])
+    hf.add_special_tokens(
+      [
+        tokenizers.AddedToken(name, special=True, normalized=False)
+        for name in names
+        if name in known
+      ]
+    )
     hf.encode_special_tokens = True  # reads "encode them as the text they are"
     added = hf.get_added_tokens_decoder()
     self.vocab_size = max(known.values()) + 1
@@ -210,8 +221,10 @@ def load_tokenizer(path) -> Tokenizer:
   """
   path = epath.Path(path)
   if not path.exists():
-    raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.model, a tokenizer.json, or "
-                            "a folder that holds one")
+    raise FileNotFoundError(
+      f"no tokenizer at {path}: give a tokenizer.model, a tokenizer.json, or "
+      "a folder that holds one"
+    )
   file = path
   if path.is_dir():
     files = [path / name for name in ("tokenizer.model", "tokenizer.json")]
@@ -221,12 +234,15 @@ def load_tokenizer(path) -> Tokenizer:
     if not found and (path / "vocab.json").exists() and (path / "merges.txt").exists():
       return HFTokenizer(_qwen_tokenizer_json(path))
     if not found:
-      raise FileNotFoundError(f"{path} holds no tokenizer.model, no tokenizer.json, and no "
-                              "vocab.json with merges.txt")
+      raise FileNotFoundError(
+        f"{path} holds no tokenizer.model, no tokenizer.json, and no vocab.json with merges.txt"
+      )
     file = found[0]
   if file.suffix not in (".model", ".json"):
-    raise ValueError(f"{file} is not a tokenizer: expected a name that ends in .model "
-                     "(SentencePiece) or .json (Hugging Face)")
+    raise ValueError(
+      f"{file} is not a tokenizer: expected a name that ends in .model "
+      "(SentencePiece) or .json (Hugging Face)"
+    )
   try:
     return {".model": SentencePieceTokenizer, ".json": HFTokenizer}[file.suffix](file.read_bytes())
   except ValueError as error:
@@ -257,23 +273,39 @@ def train_sentencepiece(texts: Iterable[str], path, vocab_size: int, seed: int =
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_chunks(texts), model_writer=model, vocab_size=vocab_size,
-      model_type="bpe", byte_fallback=True,
+      sentence_iterator=_chunks(texts),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type="bpe",
+      byte_fallback=True,
       # Everything below keeps code intact; the defaults fold spaces and rewrite characters.
-      normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-      split_digits=True, allow_whitespace_only_pieces=True, max_sentence_length=1 << 24,
-      pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>",
-      eos_piece="<eos>", unk_piece="<unk>",
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      split_digits=True,
+      allow_whitespace_only_pieces=True,
+      max_sentence_length=1 << 24,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      pad_piece="<pad>",
+      bos_piece="<bos>",
+      eos_piece="<eos>",
+      unk_piece="<unk>",
       # Control symbols are never read out of a text; user-defined ones would be.
       control_symbols=list(SPECIAL_TOKENS[4:]),
       # A fixed number: it is written into the model file.
-      num_threads=4, minloglevel=2,
+      num_threads=4,
+      minloglevel=2,
     )
   except RuntimeError as error:
     size = sum(map(len, texts))
-    raise ValueError(f"SentencePiece could not make {vocab_size} tokens out of {len(texts)} "
-                     f"documents ({size} characters): {str(error).strip()}. Give more text or "
-                     "another vocab_size (at least 264 + the number of characters)") from error
+    raise ValueError(
+      f"SentencePiece could not make {vocab_size} tokens out of {len(texts)} "
+      f"documents ({size} characters): {str(error).strip()}. Give more text or "
+      "another vocab_size (at least 264 + the number of characters)"
+    ) from error
   _write(path, model.getvalue())
   return SentencePieceTokenizer(model.getvalue())
 
@@ -290,6 +322,7 @@ def _chunks(texts):
 
 def _decode(ids, special_text, vocab_size, decode_run, skip_special):
   """Decodes runs of ordinary ids with `decode_run`; spells, skips or replaces the others."""
+
   def kind(i):
     return "special" if i in special_text else "ordinary" if 0 <= i < vocab_size else "unknown"
 
@@ -308,8 +341,10 @@ def _decode(ids, special_text, vocab_size, decode_run, skip_special):
 def _check_probe(tokenizer):
   back = tokenizer.decode(tokenizer.encode(_PROBE))
   if back != _PROBE:
-    raise ValueError(f"it does not keep code intact: {_PROBE!r} comes back as {back!r}. Train one "
-                     "with train_sentencepiece, or use a byte-level BPE such as Qwen2.5's")
+    raise ValueError(
+      f"it does not keep code intact: {_PROBE!r} comes back as {back!r}. Train one "
+      "with train_sentencepiece, or use a byte-level BPE such as Qwen2.5's"
+    )
 
 
 def _qwen_tokenizer_json(folder):
@@ -329,15 +364,19 @@ def _qwen_tokenizer_json(folder):
   vocab |= {text: i for text, (i, _) in added.items()}
   hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
   hf.normalizer = tokenizers.normalizers.NFC()
-  hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-    tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated", False),
-    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])
+  hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), "isolated", False),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   hf.decoder = tokenizers.decoders.ByteLevel()
-  hf.add_tokens([
-    tokenizers.AddedToken(text, special=special, normalized=False)
-    for text, (_, special) in sorted(added.items(), key=lambda item: item[1])
-  ])
+  hf.add_tokens(
+    [
+      tokenizers.AddedToken(text, special=special, normalized=False)
+      for text, (_, special) in sorted(added.items(), key=lambda item: item[1])
+    ]
+  )
   return hf.to_str().encode()
 
 

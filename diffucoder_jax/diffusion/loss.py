@@ -90,7 +90,9 @@ def _backward(chunk, saved, d_nll_BL):
       target_CV = collectives.one_hot(targets_N.at[index].get(mode="clip"), logits_CV.shape[1])
       d_logits_CV = ((p_CV - target_CV) * scale_C[:, None]).astype(flat.dtype)
       d_x_CD = jnp.einsum("CV,DV->CD", d_logits_CV, matrix, preferred_element_type=jnp.float32)
-      d_flat = d_flat.at[index].set(collectives.sum_over_vocab(d_x_CD).astype(flat.dtype), mode="drop")
+      d_flat = d_flat.at[index].set(
+        collectives.sum_over_vocab(d_x_CD).astype(flat.dtype), mode="drop"
+      )
       x_CD = flat.at[index].get(mode="clip")
       # float32: many chunks add up here, and bfloat16 would lose the small ones.
       d_matrix += jnp.einsum("CD,CV->DV", x_CD, d_logits_CV, preferred_element_type=jnp.float32)
@@ -188,7 +190,10 @@ def _on_mesh(local, in_specs, out_specs):
   if mesh.empty or mesh.size == 1:
     return functools.partial(local, collectives=_OneDevice)
   return jax.shard_map(
-    functools.partial(local, collectives=_Mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    functools.partial(local, collectives=_Mesh),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
   )
 
 
@@ -266,7 +271,14 @@ def diffusion_weights(noised, maskable_BL, segment_ids_BL, weight="1/t", normali
 
 
 def masked_diffusion_loss(
-  features_BLD, matrix_DV, tokens_BL, noised, maskable_BL, segment_ids_BL, weight="1/t", normaliser="masked"
+  features_BLD,
+  matrix_DV,
+  tokens_BL,
+  noised,
+  maskable_BL,
+  segment_ids_BL,
+  weight="1/t",
+  normaliser="masked",
 ):
   """The masked-diffusion training loss: weighted cross-entropy at the masked positions.
 

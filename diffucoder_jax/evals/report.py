@@ -17,13 +17,13 @@ import os
 from importlib import metadata
 from types import SimpleNamespace
 
-from absl import logging
 from etils import epath
 
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import load_trace
 from diffucoder_jax.evals import charts, style
 from diffucoder_jax.evals import trace as trace_lib
+from diffucoder_jax.runtime import metrics
 
 # Run names with a meaning: how the page calls them, and the run they continue (their curves start
 # where that one ends, so that total training steps compare).
@@ -36,27 +36,11 @@ CONTINUES = {"adapt": "ar"}
 # What the runs left behind.
 
 
-def read_metrics(workdir):
-  """Reads `workdir`/metrics.jsonl into a list of dicts in order of step.
-
-  A run that was stopped logs the steps since its last checkpoint twice: the later row wins, key by
-  key. A last line that the stop cut off is left out.
-
-  Raises:
-    ValueError: another line is no JSON object with a "step".
-  """
-  path = epath.Path(workdir) / "metrics.jsonl"
-  lines = path.read_text().splitlines()
+def _rows_by_step(workdir):
+  """The rows of metrics.jsonl, those of one step (training, evaluation) put together."""
   rows = {}
-  for number, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line)
-      rows.setdefault(int(row["step"]), {}).update(row)
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-      if number == len(lines):
-        logging.warning("%s: left out its last line, which is cut off", path)
-        continue
-      raise ValueError(f'{path} line {number} is no JSON object with a "step": {line!r}') from e
+  for row in metrics.read(workdir):
+    rows.setdefault(int(row["step"]), {}).update(row)
   return [rows[step] for step in sorted(rows)]
 
 
@@ -89,7 +73,7 @@ def load_runs(runs):
     run.dash = charts.DASHES[i % len(charts.DASHES)]
     workdir = epath.Path(workdir)
     if (workdir / "metrics.jsonl").exists():
-      run.rows = read_metrics(workdir)
+      run.rows = _rows_by_step(workdir)
     if not run.rows:
       notes.append(f"Run “{name}” is left out: {workdir} holds no metrics.jsonl with rows.")
       continue
@@ -171,14 +155,16 @@ def _table(runs):
   rows = []
   for run in runs:
     value, error, unigram = run.final or (None, None, None)
-    rows.append((
-      html.escape(run.label),
-      spent(run, "steps"),
-      spent(run, "tokens"),
-      _number(value, "{:.3f}") + ("" if error is None else f" ± {error:.3f}"),
-      _number(unigram, "{:.3f}"),
-      spent(run, "seconds"),
-    ))
+    rows.append(
+      (
+        html.escape(run.label),
+        spent(run, "steps"),
+        spent(run, "tokens"),
+        _number(value, "{:.3f}") + ("" if error is None else f" ± {error:.3f}"),
+        _number(unigram, "{:.3f}"),
+        spent(run, "seconds"),
+      )
+    )
   head = "".join(f"<th>{text}</th>" for text in heads)
   body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
   return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
@@ -246,30 +232,49 @@ def write_report(path, title, runs, samples=None, drawing=None, footer=None, not
     parts += [f"<p>{html.escape(verdict(found))}</p>", _table(found)]
   if any(run.final for run in found):
     bars = charts.bar_chart(found, _unigram(found))
-    parts.append(_figure(bars, "Held-out bits per byte at the end of each run, ± one "
-      "standard error. For autoregressive runs this is the exact likelihood; for diffusion it is "
-      "an upper bound (NELBO), so the two kinds do not compare on equal terms."))
+    parts.append(
+      _figure(
+        bars,
+        "Held-out bits per byte at the end of each run, ± one "
+        "standard error. For autoregressive runs this is the exact likelihood; for diffusion it is "
+        "an upper bound (NELBO), so the two kinds do not compare on equal terms.",
+      )
+    )
   bits = charts.curve_chart(
     found, "eval/bits_per_byte", "held-out bits per byte", "eval/bits_per_byte_se", _unigram(found)
   )
-  loss = charts.curve_chart(found, "loss", "training loss (nats per token)")
+  loss = charts.curve_chart(found, "loss", "training loss")
   if bits or loss:
     parts.append('<h2>Curves</h2><div class="pair">')
-    parts.append(_figure(bits, "Held-out bits per byte, band ± one standard error. A run that "
-      "continues another is drawn from where that one ended. Diffusion values are upper bounds."))
-    parts.append(_figure(loss, "Training loss. The autoregressive loss and the diffusion NELBO are "
-      "different objectives: compare shapes, not heights, across the two. The diffusion number is "
-      "an upper bound on its negative log-likelihood, estimated with random masks, hence noisier."))
+    parts.append(
+      _figure(
+        bits,
+        "Held-out bits per byte, band ± one standard error. A run that "
+        "continues another is drawn from where that one ended. Diffusion values are upper bounds.",
+      )
+    )
+    parts.append(
+      _figure(
+        loss,
+        "Training loss, as it is optimised. Autoregressive: nats per token. Diffusion: nats of the "
+        "masked tokens, weighted and divided as config.json says (1/t and the number of masked "
+        "tokens by default), which makes it larger and noisier: compare shapes, not heights.",
+      )
+    )
     parts.append("</div>")
   if drawing:
     parts.append("<h2>One denoising</h2>")
     parts.append(f'<div class="wide">{charts.inline(drawing)}</div>')
-    parts.append('<p class="what">Above: each column is a position, grey until the step that '
+    parts.append(
+      '<p class="what">Above: each column is a position, grey until the step that '
       "committed its token. Below: the text, each token on the colour of its step; the prompt is "
-      "plain. Hover over a token for its step and confidence.</p>")
+      "plain. Hover over a token for its step and confidence.</p>"
+    )
   if samples:
-    parts.append("<h2>Samples</h2><p>Held-out code; what the model wrote, and the original in its "
-      "place, are marked.</p>")
+    parts.append(
+      "<h2>Samples</h2><p>Held-out code; what the model wrote, and the original in its "
+      "place, are marked.</p>"
+    )
     parts += [_sample(i, row) for i, row in enumerate(samples, 1)]
   made = " · ".join(f"{html.escape(k)} {html.escape(str(v))}" for k, v in (footer or {}).items())
   page = (

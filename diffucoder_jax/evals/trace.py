@@ -115,9 +115,7 @@ def pieces(ids, tokenizer):
 def _printable(text):
   """Neither XML nor a terminal may see control characters that a model made up."""
   text = text.replace("\r\n", "\n").replace("\t", TAB)
-  return "".join(
-    c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text
-  )
+  return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
 
 
 def _cells(text):
@@ -295,17 +293,19 @@ def svg(trace, row, tokenizer, columns=88):
     "".join(f".denoising .{name}{{fill:{colours[dark]}}}" for name, colours in THEME.items())
     for dark in (0, 1)
   ]
-  return "\n".join([
-    f'<svg xmlns="http://www.w3.org/2000/svg" class="denoising" width="{width:g}" '
-    f'height="{height:g}" viewBox="0 0 {width:g} {height:g}" font-size="{SIZE:g}" role="img" '
-    'font-family="system-ui, Helvetica, Arial, sans-serif" xml:space="preserve">',
-    "<title>One completion drawn as it was denoised, step by position</title>",
-    f"<style>.denoising text{{pointer-events:none}}{styles[0]}"
-    f"@media (prefers-color-scheme: dark){{{styles[1]}}}</style>",
-    f'<rect class="page" width="{width:g}" height="{height:g}"/>',
-    *map(_svg_shape, shapes),
-    "</svg>",
-  ])
+  return "\n".join(
+    [
+      f'<svg xmlns="http://www.w3.org/2000/svg" class="denoising" width="{width:g}" '
+      f'height="{height:g}" viewBox="0 0 {width:g} {height:g}" font-size="{SIZE:g}" role="img" '
+      'font-family="system-ui, Helvetica, Arial, sans-serif" xml:space="preserve">',
+      "<title>One completion drawn as it was denoised, step by position</title>",
+      f"<style>.denoising text{{pointer-events:none}}{styles[0]}"
+      f"@media (prefers-color-scheme: dark){{{styles[1]}}}</style>",
+      f'<rect class="page" width="{width:g}" height="{height:g}"/>',
+      *map(_svg_shape, shapes),
+      "</svg>",
+    ]
+  )
 
 
 # The terminal.

@@ -140,7 +140,9 @@ def shardings(boxed, mesh):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     is_boxed = isinstance(leaf, nn.LogicallyPartitioned)
     spec = _mesh_axes(leaf.names) if is_boxed else PartitionSpec()
-    _check_divisible(f"parameter {name}", leaf.unbox().shape if is_boxed else leaf.shape, spec, mesh)
+    _check_divisible(
+      f"parameter {name}", leaf.unbox().shape if is_boxed else leaf.shape, spec, mesh
+    )
     return NamedSharding(mesh, spec)
 
   is_leaf = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
@@ -216,14 +218,23 @@ def check_same_everywhere(name, value):
   from jax.experimental import multihost_utils
 
   raw = np.frombuffer(value.encode(), np.uint8)
-  digest = np.asarray([len(raw), int(np.sum(raw.astype(np.int64) * np.arange(1, len(raw) + 1)) % (1 << 31))])
+  digest = np.asarray(
+    [len(raw), int(np.sum(raw.astype(np.int64) * np.arange(1, len(raw) + 1)) % (1 << 31))]
+  )
   everywhere = np.asarray(multihost_utils.process_allgather(digest))
   if (everywhere != everywhere[:1]).any():
-    raise ValueError(f"processes disagree about {name}; start all of them with the same files and flags")
+    raise ValueError(
+      f"processes disagree about {name}; start all of them with the same files and flags"
+    )
 
 
 def log_mesh(mesh):
   """One line saying what the program runs on."""
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  logging.info("mesh: %s on %d %s device(s), %d process(es)", shape, mesh.size,
-               jax.devices()[0].device_kind, jax.process_count())
+  logging.info(
+    "mesh: %s on %d %s device(s), %d process(es)",
+    shape,
+    mesh.size,
+    jax.devices()[0].device_kind,
+    jax.process_count(),
+  )

@@ -17,7 +17,9 @@ def case(shared):
   data = golden.tensors(shared / "golden/mdm_loss.safetensors")
   wanted = golden.cases(shared / "golden/mdm_loss.json")
   _, config, params = golden.checkpoint(shared / "golden/checkpoint")
-  noised = process.Noised(jnp.asarray(data["xt"]), jnp.asarray(data["mask"] > 0), jnp.asarray(data["t"]))
+  noised = process.Noised(
+    jnp.asarray(data["xt"]), jnp.asarray(data["mask"] > 0), jnp.asarray(data["t"])
+  )
   return data, wanted, config, params, noised
 
 

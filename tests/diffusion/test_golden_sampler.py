@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from diffucoder_jax.diffusion import remasking, sampler
 from tests import golden
@@ -42,7 +41,9 @@ def test_filtered_probabilities_and_confidences(shared):
 def test_position_probabilities_under_alg_temp(shared):
   """Drawing positions without replacement: the first one has softmax(confidence / alg_temp)."""
   data = golden.tensors(shared / "golden/sampling.safetensors")
-  names = [name for name in data if name.startswith("alg_temp/") and name.endswith("position_probs")]
+  names = [
+    name for name in data if name.startswith("alg_temp/") and name.endswith("position_probs")
+  ]
   assert names
   probs = data[names[0]].reshape(-1, data[names[0]].shape[-1])[0]  # one row
   wanted = probs[probs > 0]
@@ -116,7 +117,9 @@ def test_origin_commits_at_the_reference_rate(shared):
   step = np.asarray(trace.step)
   committed = np.stack([(step == s).sum(1) for s in range(case["steps"])])  # [T, B]
   assert (committed.sum(0) == new).all()
-  np.testing.assert_allclose(remasking.commit_ratios(case["steps"], 1e-3)[:-1], case["p_transfer"][:-1], atol=1e-5)
+  np.testing.assert_allclose(
+    remasking.commit_ratios(case["steps"], 1e-3)[:-1], case["p_transfer"][:-1], atol=1e-5
+  )
   wanted = np.ravel(case["mean_transferred_per_row"])[: case["steps"]]
   error = np.sqrt(2 * np.maximum(wanted, 0.5) / 64)  # both are means over 64 rows or more
   assert (np.abs(committed.mean(1) - wanted) <= 4.5 * error).all()

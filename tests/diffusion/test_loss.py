@@ -112,10 +112,14 @@ def test_the_bound_equals_the_average_over_orders():
   many = jnp.repeat(tokens, rows, 0)
   draws = 8
   nats = jnp.mean(
-    jnp.stack([
-      likelihood.nelbo_rows(nll_fn, jax.random.key(1), many, jnp.ones_like(many, bool), vocab, d, draws)
-      for d in range(draws)
-    ]),
+    jnp.stack(
+      [
+        likelihood.nelbo_rows(
+          nll_fn, jax.random.key(1), many, jnp.ones_like(many, bool), vocab, d, draws
+        )
+        for d in range(draws)
+      ]
+    ),
     axis=0,
   )
   error = float(jnp.std(nats)) / np.sqrt(rows)
@@ -129,7 +133,9 @@ def test_bits_per_byte():
   assert value == pytest.approx(2 / np.log(2)) and error == pytest.approx(0)
   rng = np.random.default_rng(0)
   num_bytes = rng.integers(50, 100, 400)
-  value, error = likelihood.bits_per_byte(num_bytes * rng.normal(2, 0.5, 400) * np.log(2), num_bytes)
+  value, error = likelihood.bits_per_byte(
+    num_bytes * rng.normal(2, 0.5, 400) * np.log(2), num_bytes
+  )
   assert abs(value - 2) < 4 * error and error == pytest.approx(0.5 / 20, rel=0.15)
   with pytest.raises(ValueError, match="at least 2 rows"):
     likelihood.bits_per_byte([1.0], [3])

@@ -32,7 +32,9 @@ def run():
 def sample(params, canvas, valid, keys, config, bias=0.0):
   def logits_fn(canvas, valid):
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    features = Transformer(CONFIG).apply({"params": params}, canvas, valid.astype(jnp.int32), positions)
+    features = Transformer(CONFIG).apply(
+      {"params": params}, canvas, valid.astype(jnp.int32), positions
+    )
     return unembed(params, features).at[..., EOS].add(bias)
 
   return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS)
@@ -108,7 +110,9 @@ def test_rows_with_other_numbers_of_masks_are_all_filled(run):
   assert not (np.asarray(trace.tokens) == MASK).any()
   assert (np.asarray(trace.tokens)[canvas == 7] == 7).all()
   for b in range(2):
-    alone = run(canvas[b : b + 1], np.ones((1, 20), bool), sampler.row_keys(0, 2)[b : b + 1], config)
+    alone = run(
+      canvas[b : b + 1], np.ones((1, 20), bool), sampler.row_keys(0, 2)[b : b + 1], config
+    )
     np.testing.assert_array_equal(alone.tokens[0], trace.tokens[b])
 
 
@@ -118,7 +122,9 @@ def test_the_mask_token_is_never_written(temperature):
   logits[..., 5] = 50.0  # the mask token, by far
   logits[..., 2] = 1.0
   fn = lambda canvas, valid: jnp.broadcast_to(jnp.asarray(logits), (*canvas.shape, 8))  # noqa: E731
-  config = sampler.SamplerConfig(alg="maskgit_plus", steps=3, max_new_tokens=6, temperature=temperature)
+  config = sampler.SamplerConfig(
+    alg="maskgit_plus", steps=3, max_new_tokens=6, temperature=temperature
+  )
   canvas, valid = jnp.full((1, 6), 5, jnp.int32), jnp.ones((1, 6), bool)
   trace = sampler.generate(fn, canvas, valid, sampler.row_keys(0, 1), config, mask_id=5)
   assert (trace.tokens == 2).all()
@@ -154,7 +160,9 @@ def test_stop_at_eos_keeps_the_tokens_before_it(run):
 def test_stop_at_eos_without_an_end_token_is_refused():
   config = sampler.SamplerConfig(steps=2, stop_at_eos=True)
   with pytest.raises(ValueError, match="end token"):
-    sampler.generate(None, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), None, config, mask_id=MASK)
+    sampler.generate(
+      None, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), None, config, mask_id=MASK
+    )
 
 
 def test_one_compile_per_shape_and_config(run):
@@ -174,8 +182,12 @@ def test_zero_commit_steps_cost_no_evaluation(run):
 def test_temperature_changes_the_order(run):
   orders = []
   for seed in range(6):
-    config = sampler.SamplerConfig(alg="entropy", steps=12, max_new_tokens=12, temperature=1.2, top_p=1.0)
-    orders.append(tuple(np.asarray(run(*layout([[2]], 12, 0), sampler.row_keys(seed, 1), config).step[0])))
+    config = sampler.SamplerConfig(
+      alg="entropy", steps=12, max_new_tokens=12, temperature=1.2, top_p=1.0
+    )
+    orders.append(
+      tuple(np.asarray(run(*layout([[2]], 12, 0), sampler.row_keys(seed, 1), config).step[0]))
+    )
   assert len(set(orders)) > 1
 
 
@@ -197,7 +209,8 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "wrong", [dict(alg="best"), dict(top_p=0.0), dict(temperature=-1.0), dict(eps=0.0), dict(steps=-1)]
+  "wrong",
+  [dict(alg="best"), dict(top_p=0.0), dict(temperature=-1.0), dict(eps=0.0), dict(steps=-1)],
 )
 def test_settings_out_of_range_are_named(wrong):
   with pytest.raises(ValueError, match=f"sampler.{next(iter(wrong))}"):

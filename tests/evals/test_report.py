@@ -114,19 +114,6 @@ def test_what_is_missing_is_named(tmp_path, runs):
   assert "Run “empty” is left out" in nothing
 
 
-def test_metrics_of_a_resumed_run(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text(
-    '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "eval/x": 5.0}\n'
-    '{"step": 3, "loss": 9.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo'
-  )
-  assert report.read_metrics(tmp_path) == [
-    {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5, "eval/x": 5.0}, {"step": 3, "loss": 9.0},
-  ]  # fmt: skip
-  (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n{"step": 2}\n')
-  with pytest.raises(ValueError, match="metrics.jsonl line 1 is no JSON object"):
-    report.read_metrics(tmp_path)
-
-
 def test_bad_sample_lines_are_named(tmp_path):
   path = tmp_path / "samples.jsonl"
   path.write_text('\n{"kind": "complete", "prompt": ""}\n')

@@ -4,6 +4,7 @@ The models are made by `shared/tools/real_models.py` (about 600 MB of downloads)
 $DIFFUCODER_REAL_MODELS, or a temporary one.
 """
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from diffucoder_jax import pretrained
+from diffucoder_jax.completion import generate
+from diffucoder_jax.diffusion.sampler import SamplerConfig
 
 pytestmark = pytest.mark.slow
 NUM_TOKENS = 512
@@ -64,3 +67,42 @@ def test_the_qwen_folder_has_dreams_ids(folder_of):
   ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"), param_dtype="bfloat16")
   assert (ckpt.mask_id, ckpt.eos_id, ckpt.pad_id) == (151666, 151643, 151667)
   assert ckpt.mask_id < ckpt.config.vocab_size
+
+
+def test_greedy_decoding_completes_is_prime(folder_of):
+  """Autoregressive order, temperature 0, no cache: the function that comes out is right."""
+  ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"))
+  sampler = SamplerConfig(
+    alg="left_to_right", max_new_tokens=64, temperature=0.0, top_p=1.0, stop_at_eos=True
+  )
+  prompt = "def is_prime(n: int) -> bool:\n"
+  (completion,) = generate(ckpt, [prompt], sampler)
+  lines = completion.full_text.splitlines()
+  body = [line for line in lines[1:] if not line.strip() or line.startswith(" ")]
+  end = next(
+    (i for i, line in enumerate(lines[1:]) if line.strip() and not line.startswith(" ")), None
+  )
+  source = "\n".join([lines[0], *(body if end is None else lines[1 : end + 1])])
+  namespace = {}
+  exec(source, namespace)
+  primes = [n for n in range(60) if namespace["is_prime"](n)]
+  assert primes == [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59], source
+
+
+def test_neighbours_and_padding_change_no_token_of_a_real_model(folder_of):
+  """135M weights as they are, denoised with full attention: any tokens do, they must not change."""
+  ckpt = pretrained.from_pretrained(folder_of("smollm2-135m"))
+  # SmolLM2 has no mask token; an id that its text never uses stands in for one.
+  ckpt = dataclasses.replace(
+    ckpt, mask_id=5, config=dataclasses.replace(ckpt.config, attention="full")
+  )
+  prompts = ["def add(a, b):\n", "import os\n\n\ndef list_files(folder):\n  return [", "x = "]
+  for temperature in (0.0, 0.8):
+    sampler = SamplerConfig(
+      alg="entropy", steps=8, max_new_tokens=16, temperature=temperature, top_p=0.95
+    )
+    together = generate(ckpt, prompts, sampler, seed=1, batch_size=3)
+    alone = generate(ckpt, prompts, sampler, seed=1, batch_size=1)
+    for a, b in zip(together, alone, strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      np.testing.assert_array_equal(a.trace.step, b.trace.step)
