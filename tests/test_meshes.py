@@ -28,9 +28,20 @@ def batch():
   return {"tokens": tokens, "segment_ids": segments, "maskable": (segments > 0) & ~first}
 
 
-def loss_and_gradients(config, mesh_shape, objective, params=None):
-  devices = jax.devices()[: int(np.prod(mesh_shape))]
-  mesh = sharding.make_mesh(dict(zip(sharding.AXES, mesh_shape, strict=True)), devices)
+def mesh_of(shape):
+  return sharding.make_mesh(
+    dict(zip(sharding.AXES, shape, strict=True)), jax.devices()[: int(np.prod(shape))]
+  )
+
+
+def fresh_params(config, mesh):
+  with jax.set_mesh(mesh):
+    init = lambda: init_params(Transformer(config), jax.random.key(0))  # noqa: E731
+    placed = sharding.shardings(jax.eval_shape(init), mesh)
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=placed)()
+
+
+def loss_and_gradients(config, mesh, objective, params):
   model = Transformer(config)
 
   def objective_sum(params, b):
@@ -52,14 +63,11 @@ def loss_and_gradients(config, mesh_shape, objective, params=None):
     return total[0] / total[1]
 
   with jax.set_mesh(mesh):
-    init = lambda: init_params(model, jax.random.key(0))  # noqa: E731
-    placed = sharding.shardings(jax.eval_shape(init), mesh)
-    if params is None:
-      params = jax.jit(lambda: nn.unbox(init()), out_shardings=placed)()
-    params = jax.device_put(params, placed)
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    placed = sharding.shardings(boxed, mesh)
     step = jax.jit(jax.value_and_grad(objective_sum), out_shardings=(None, placed))
-    value, gradients = step(params, sharding.put_batch(batch(), mesh))
-  return jax.device_get((value, gradients, params))
+    result = step(jax.device_put(params, placed), sharding.put_batch(batch(), mesh))
+  return jax.device_get(result)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +80,11 @@ def loss_and_gradients(config, mesh_shape, objective, params=None):
 )
 def test_meshes_agree(objective, tied, meshes, capfd):
   config = ModelConfig(**{**vars(CONFIG), "tied_head": tied})
-  value, gradients, params = loss_and_gradients(config, (1, 1, 1), objective)
+  params = jax.device_get(fresh_params(config, mesh_of((1, 1, 1))))
+  value, gradients = loss_and_gradients(config, mesh_of((1, 1, 1)), objective, params)
   assert np.isfinite(value) and value > 1
   for shape in meshes:
-    other_value, other_gradients, _ = loss_and_gradients(config, shape, objective, params)
+    other_value, other_gradients = loss_and_gradients(config, mesh_of(shape), objective, params)
     np.testing.assert_allclose(other_value, value, rtol=1e-5, err_msg=str(shape))
     for (path, want), got in zip(
       jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(other_gradients), strict=True
@@ -89,7 +98,7 @@ def test_meshes_agree(objective, tied, meshes, capfd):
 
 def test_fresh_parameters_do_not_depend_on_the_mesh():
   one, many = (
-    loss_and_gradients(CONFIG, shape, "diffusion")[2] for shape in ((1, 1, 1), (2, 2, 2))
+    jax.device_get(fresh_params(CONFIG, mesh_of(shape))) for shape in ((1, 1, 1), (2, 2, 2))
   )
   jax.tree.map(np.testing.assert_array_equal, one, many)
 

@@ -5,6 +5,7 @@ $DIFFUCODER_REAL_MODELS, or a temporary one.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import subprocess
@@ -73,16 +74,12 @@ def test_greedy_decoding_completes_is_prime(folder_of):
   """Autoregressive order, temperature 0, no cache: the function that comes out is right."""
   ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"))
   sampler = SamplerConfig(
-    alg="left_to_right", max_new_tokens=64, temperature=0.0, top_p=1.0, stop_at_eos=True
+    alg="left_to_right", max_new_tokens=96, temperature=0.0, top_p=1.0, stop_at_eos=True
   )
-  prompt = "def is_prime(n: int) -> bool:\n"
-  (completion,) = generate(ckpt, [prompt], sampler)
-  lines = completion.full_text.splitlines()
-  body = [line for line in lines[1:] if not line.strip() or line.startswith(" ")]
-  end = next(
-    (i for i, line in enumerate(lines[1:]) if line.strip() and not line.startswith(" ")), None
-  )
-  source = "\n".join([lines[0], *(body if end is None else lines[1 : end + 1])])
+  (completion,) = generate(ckpt, ["def is_prime(n):\n"], sampler)
+  first, *rest = completion.full_text.splitlines()
+  body = itertools.takewhile(lambda line: not line.strip() or line.startswith(" "), rest)
+  source = "\n".join([first, *body])
   namespace = {}
   exec(source, namespace)
   primes = [n for n in range(60) if namespace["is_prime"](n)]
