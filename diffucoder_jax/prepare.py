@@ -64,6 +64,7 @@ def prompts(config, output):
       row |= {"kind": "infill", "prompt": before, "suffix": after, "reference": hole}
       row["infill"] = f"{before}<|fill:{len(encode(hole))}|>{after}"
     rows.append(row)
+  epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
   epath.Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
   print(f"prompts: {len(rows)} from {len(held_out)} held-out files, {output}")
 

@@ -115,7 +115,8 @@ def loss_of(model, objective, pattern, params, rows):
 def train_step(model, tx, objective, mask_id, accumulate, state, batch, key):
   """One optimiser step. Returns (state, metrics); everything random comes from (key, step)."""
   key = jax.random.fold_in(key, state.step)
-  pattern = attention_pattern(objective, state.step, jax.random.fold_in(key, 1))
+  # 0 and 1 are the keys that `split` gives to the noise.
+  pattern = attention_pattern(objective, state.step, jax.random.fold_in(key, 2))
   batch = PREPARE[objective.kind](objective, mask_id, batch, key)
   loss_fn = functools.partial(loss_of, model, objective, pattern)
   (value, extra), grads = optim.accumulated_value_and_grad(loss_fn, state.params, batch, accumulate)
@@ -326,39 +327,36 @@ def main(config, workdir):
     row["mfu"] = metrics.mfu(flops_per_step, seconds, jax.devices())
     progress.update(step, writer.write(step, row))
 
-  for step in range(start + 1, config.optim.steps + 1):
-    state, on_device = step_fn(state, sharding.put_batch(next(batches), mesh), data_key)
-    flush()
-    last = step == config.optim.steps
-    if step % config.log.every == 0 or last:
-      pending = (step, on_device)
-    preempted = checkpoint.reached_preemption(manager, step)
-    if config.eval.every and (step % config.eval.every == 0 or last):
+  with manager, writer:  # which wait for a save in flight, however the loop ends
+    for step in range(start + 1, config.optim.steps + 1):
+      state, on_device = step_fn(state, sharding.put_batch(next(batches), mesh), data_key)
       flush()
-      began = time.monotonic()
-      last_eval = evaluate_held_out(nats_fn, draws, eval_batches, state.params, eval_key)
-      row = dict(zip(("eval/bits_per_byte", "eval/bits_per_byte_se"), last_eval, strict=True))
-      seconds = time.monotonic() - began
-      writer.write(step, {**row, **unigram, "eval/seconds": seconds})
-      clock = (clock[0], clock[1] + seconds)
-    due = last or preempted
-    if due or step % config.checkpoint.every == 0:
-      # What is on file never lags behind a checkpoint, and a loss that is not finite is never saved.
-      if clock[0] < step:
+      last = step == config.optim.steps
+      if step % config.log.every == 0 or last:
         pending = (step, on_device)
-      flush()
-      writer.flush()
-      data_state = {"batches": batches.get_state(), "corpus": corpus.fingerprint}
-      checkpoint.save(manager, step, state, data_state, as_json, force=due)
-    if preempted and not last:
-      manager.wait_until_finished()
-      logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
-      sys.exit(PREEMPTED)
-
-  flush()
-  manager.wait_until_finished()
-  manager.close()
-  writer.close()
+      preempted = checkpoint.reached_preemption(manager, step)
+      if config.eval.every and (step % config.eval.every == 0 or last):
+        flush()
+        began = time.monotonic()
+        last_eval = evaluate_held_out(nats_fn, draws, eval_batches, state.params, eval_key)
+        row = dict(zip(("eval/bits_per_byte", "eval/bits_per_byte_se"), last_eval, strict=True))
+        seconds = time.monotonic() - began
+        writer.write(step, {**row, **unigram, "eval/seconds": seconds})
+        clock = (clock[0], clock[1] + seconds)
+      due = last or preempted
+      if due or step % config.checkpoint.every == 0:
+        # What is on file never lags behind a checkpoint, and a loss that is not finite is never saved.
+        if clock[0] < step:
+          pending = (step, on_device)
+        flush()
+        writer.flush()
+        data_state = {"batches": batches.get_state(), "corpus": corpus.fingerprint}
+        checkpoint.save(manager, step, state, data_state, as_json, force=due)
+      if preempted and not last:
+        manager.wait_until_finished()
+        logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
+        sys.exit(PREEMPTED)
+    flush()
   return last_eval
 
 

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+os.environ.setdefault("NPROC", "32")  # threads for eight fake devices; see sharding._enough_threads
+
 import jax
 import pytest
 from absl import flags
@@ -22,3 +24,12 @@ def shared():
   if not (SHARED / "golden").is_dir():
     pytest.skip(f"reference material not found at {SHARED} (set DIFFUCODER_SHARED)")
   return SHARED
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """For tests whose time is compilation and whose numbers are compared with each other."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

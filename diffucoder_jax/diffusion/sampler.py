@@ -12,6 +12,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from diffucoder_jax.diffusion import process, remasking
 
@@ -86,13 +87,13 @@ def history(trace, mask_id):
 def save_trace(path, trace):
   """Writes a trace as .npz, with a version field."""
   arrays = {name: np.asarray(value) for name, value in vars(trace).items()}
-  with open(path, "wb") as f:
+  with epath.Path(path).open("wb") as f:
     np.savez_compressed(f, version=TRACE_VERSION, **arrays)
 
 
 def load_trace(path):
   """Reads what `save_trace` wrote."""
-  with np.load(path) as data:
+  with epath.Path(path).open("rb") as f, np.load(f) as data:
     arrays = dict(data)
   version = int(arrays.pop("version"))
   if version != TRACE_VERSION:

@@ -86,7 +86,12 @@ def claim_workdir(workdir, config):
   """
   path = epath.Path(workdir) / "config.json"
   changes = None
-  if path.exists():
+  # A run that failed before its first step left nothing to protect: its config may be put right.
+  checkpoints = path.parent / "checkpoints"
+  begun = (path.parent / "metrics.jsonl").exists() or (
+    checkpoints.exists() and any(checkpoints.iterdir())
+  )
+  if path.exists() and begun:
     try:
       saved = json.loads(path.read_text())
     except ValueError as error:

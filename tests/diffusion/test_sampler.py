@@ -17,6 +17,7 @@ CONFIG = ModelConfig(
   vocab_size=VOCAB, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
   rope_theta=1e4, init_std=0.5, remat="none",
 )  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ALGS = sorted(remasking.CONFIDENCE)
 
 

@@ -44,6 +44,7 @@ def test_claim_workdir(tmp_path):
   workdirs.claim_workdir(tmp_path / "run", CONFIG)
   first = path.read_text()
   assert json.loads(first) == CONFIG
+  (tmp_path / "run" / "metrics.jsonl").touch()  # it has begun
   workdirs.claim_workdir(str(tmp_path / "run"), CONFIG)
   with pytest.raises(ValueError, match="model.width: 16 -> 32"):
     workdirs.claim_workdir(tmp_path / "run", changed(model__width=32, mesh__data=8))
@@ -53,7 +54,7 @@ def test_claim_workdir(tmp_path):
   accepted = changed(model__width=32, checkpoint__accept_changes=True)
   workdirs.claim_workdir(tmp_path / "run", accepted)
   assert json.loads(path.read_text()) == accepted
-  assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+  assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", "metrics.jsonl"]
   path.write_text(first[:-9])
   with pytest.raises(ValueError, match="config.json is not valid JSON"):
     workdirs.claim_workdir(tmp_path / "run", CONFIG)
