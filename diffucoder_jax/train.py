@@ -241,7 +241,7 @@ def main(config, workdir):
   Raises:
     SystemExit: with code 42 after a preemption, when the state has been saved.
   """
-  workdir = epath.Path(workdir)
+  workdir = workdirs.absolute(workdir)
   sharding.check_same_everywhere("the config", config.to_json_best_effort(sort_keys=True))
 
   # Where: devices and randomness.

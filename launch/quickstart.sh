@@ -39,10 +39,10 @@ step "5/7 completing and infilling functions that were held out"
 python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
   --config.tokenizer="$TOKENIZER" --output="$WORKDIR/prompts.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
-  --max_new_tokens 40 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
+  --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
 step "6/7 one of them again, as it is denoised"
-python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --show --max_new_tokens 40 \
+python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --show --max_new_tokens 40 --temperature 0.5 \
   --prompt "$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["prompt"])' "$WORKDIR/prompts.jsonl")"
 
 step "7/7 the report"

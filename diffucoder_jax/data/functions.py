@@ -45,11 +45,13 @@ def find_functions(document):
 
 def pick_functions(documents, count, fits):
   """A fixed choice of functions for which `fits(function)` holds: the first by hash of their text.
+  Of functions that begin alike only one is taken.
 
   Raises:
     ValueError: fewer than `count` of them.
   """
-  found = [f for document in documents for f in find_functions(document) if fits(f)]
+  found = {f.prompt: f for d in documents for f in find_functions(d) if fits(f)}
+  found = list(found.values())
   found.sort(key=lambda f: hashlib.sha256((f.prompt + f.body).encode()).hexdigest())
   if len(found) < count:
     raise ValueError(f"asked for {count} functions, and only {len(found)} are of a fitting length")

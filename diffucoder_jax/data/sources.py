@@ -106,7 +106,9 @@ def stdlib(_) -> Iterator[tuple[str, bytes]]:
   root = pathlib.Path(sysconfig.get_paths()["stdlib"])
   paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
   for name in sorted(paths):
-    if not _NOT_STDLIB & set(name.split("/")[:-1]):
+    *folders, file = name.split("/")
+    # _sysconfigdata: what the interpreter was built with, one long dictionary.
+    if not _NOT_STDLIB & set(folders) and not file.startswith("_sysconfigdata"):
       yield name, paths[name].read_bytes()
 
 

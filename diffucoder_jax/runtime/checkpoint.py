@@ -137,7 +137,7 @@ def _read_arrays(step_dir, abstract, saved):
 
 def _find_step(path):
   """The directory of one checkpoint: `path` itself, or the newest one in a workdir."""
-  path = epath.Path(path)
+  path = workdirs.absolute(path)
   if (path / "checkpoints").is_dir():
     path = path / "checkpoints"
   if (path / "state").exists() or (path / "integrity").exists():
@@ -233,7 +233,7 @@ def open_manager(workdir, checkpoint_config):
     cleanup_tmp_directories=True,  # what a killed save left
     lightweight_initialize=True,  # or damaged metadata stops us from opening the folder at all
   )
-  return ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+  return ocp.CheckpointManager(workdirs.absolute(workdir) / "checkpoints", options=options)
 
 
 def save(manager, step, state, data_state, config, force=False):
@@ -267,7 +267,7 @@ def save(manager, step, state, data_state, config, force=False):
 def _move_aside(manager, step, workdir):
   """Moves a checkpoint to <workdir>/checkpoints_damaged/, so that nothing is lost."""
   if jax.process_index() == 0:
-    folder = epath.Path(workdir) / "checkpoints_damaged"
+    folder = workdirs.absolute(workdir) / "checkpoints_damaged"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / str(step)
     number = 1

@@ -72,6 +72,12 @@ def check_config(saved, current, where):
   return changes
 
 
+def absolute(path):
+  """The path from the root, which Orbax insists on; gs:// and the like stay as they are."""
+  path = epath.Path(path)
+  return path if "://" in str(path) else path.absolute()
+
+
 def claim_workdir(workdir, config):
   """Makes `workdir` this run's: writes config.json, or checks that the one there is of this run.
 

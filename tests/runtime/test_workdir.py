@@ -58,3 +58,9 @@ def test_claim_workdir(tmp_path):
   path.write_text(first[:-9])
   with pytest.raises(ValueError, match="config.json is not valid JSON"):
     workdirs.claim_workdir(tmp_path / "run", CONFIG)
+
+
+def test_paths_are_made_absolute_unless_they_are_remote(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(workdirs.absolute("runs/a")) == str(tmp_path / "runs" / "a")
+  assert str(workdirs.absolute("gs://bucket/a")) == "gs://bucket/a"
