@@ -1,8 +1,12 @@
 r"""A small autoregressive model of Python, on the standard library: what adaptation starts from.
 
-python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output=W/tokenizer.model
+python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py \
+  --output=W/tokenizer.model
 python -m diffucoder_jax.train --config=configs/quickstart_ar.py --workdir=W/ar \
   --config.tokenizer=W/tokenizer.model
+
+Seen on 2 CPU cores (AMD EPYC, Python 3.11.2's library, 2026-11-21): 46 s of training, 2.239 ± 0.044 held-out
+bits per byte; a unigram model has 2.887.
 """
 
 from configs import common

@@ -2,6 +2,8 @@ r"""The smallest run that goes through everything: for tests and for debugging o
 
 python -m diffucoder_jax.train --config=configs/tiny.py --workdir=/tmp/tiny --config.tokenizer=TOKENIZER
 
+12 steps, a few seconds after compilation; the loss falls from about 18 to about 9.
+
   :ar     the autoregressive objective
   :adapt  diffusion from --config.init_from, attention annealed over the first half
 """

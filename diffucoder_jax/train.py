@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
 from diffucoder_jax import pretrained

@@ -42,8 +42,9 @@ python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORK
   --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
 step "6/7 one of them again, as it is denoised"
-python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --show --max_new_tokens 40 --temperature 0.5 \
-  --prompt "$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["prompt"])' "$WORKDIR/prompts.jsonl")"
+head -n 1 "$WORKDIR/prompts.jsonl" >"$WORKDIR/first.jsonl"
+python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/first.jsonl" \
+  --show --max_new_tokens 40 --temperature 0.5
 
 step "7/7 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
