@@ -32,12 +32,12 @@ enter_venv() {
   fi
   export PATH="$PWD/.venv/bin:$PATH"
   wanted="$extras $(sha256sum setup.py)"
-  if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
     echo "== installing JAX and the project into .venv (about a minute; log in .venv/install.log)"
     python -m pip install --disable-pip-version-check -e ".[$extras]" >.venv/install.log 2>&1 || {
       tail -n 5 .venv/install.log >&2
       fail "pip could not install the packages (is there a network? is the disk full?)"
     }
-    echo "$wanted" >.venv/installed
+    echo "$wanted" >>.venv/installed
   fi
 }
