@@ -35,6 +35,6 @@ setup(
     "parquet": ["pyarrow"],
     "gcs": ["gcsfs"],
     "torch": ["torch"],
-    "test": ["pytest>=8", "ruff", "matplotlib>=3.9", "pyarrow"],
+    "test": ["pytest>=8", "pytest-xdist", "ruff", "matplotlib>=3.9", "pyarrow"],
   },
 )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest. First call: makes .venv.
+# Runs the tests, two files at a time; arguments go to pytest. First call: makes .venv.
 #   bash launch/test.sh              the default set, minutes
 #   bash launch/test.sh -m slow      real processes, kills, real models
 set -euo pipefail
@@ -8,4 +8,4 @@ source launch/venv.sh
 enter_venv test
 export JAX_PLATFORMS=cpu
 echo "== pytest $*"
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -12,6 +12,8 @@ from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix
 from diffucoder_jax.runtime import sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = ModelConfig(
   vocab_size=96, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
   rope_theta=1e4, init_std=0.3,

@@ -18,6 +18,8 @@ from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime import checkpoint, sharding
 from diffucoder_jax.runtime import workdir as workdirs
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 HF = dict(
   model_type="Dream", vocab_size=304, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
   num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e4,

@@ -9,6 +9,8 @@ from diffucoder_jax.diffusion import loss, process
 from diffucoder_jax.model.transformer import Transformer, output_matrix
 from tests import golden
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 NAMES = {"1/t": "original", "1-t": "linear", "none": "none", "cart": "cart_dllm_p0.3"}
 
 

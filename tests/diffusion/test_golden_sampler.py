@@ -5,9 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffucoder_jax.diffusion import remasking, sampler
 from tests import golden
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_filtered_probabilities_and_confidences(shared):

@@ -13,6 +13,8 @@ from diffucoder_jax.model import attention, transformer
 from diffucoder_jax.model.config import PRESETS, ModelConfig, preset
 from diffucoder_jax.model.transformer import Transformer, unembed
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = ModelConfig(
   vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
   remat="none",
