@@ -39,7 +39,7 @@ def parse_arguments(argv=None):
   source.add_argument("--prompts", help="jsonl file of prompts; '-' or no flag: text on stdin")
   parser.add_argument("--output", help="write jsonl here: the input's fields, completion, nfe")
   parser.add_argument("--traces", help="folder for one .npz trace per prompt")
-  parser.add_argument("--show", action="store_true", help="draw the denoising as it happens")
+  parser.add_argument("--show", action="store_true", help="replay the denoising in the terminal")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument(

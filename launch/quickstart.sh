@@ -41,7 +41,7 @@ python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
   --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
-step "6/7 one of them again, as it is denoised"
+step "6/7 one of them again, its denoising replayed"
 head -n 1 "$WORKDIR/prompts.jsonl" >"$WORKDIR/first.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/first.jsonl" \
   --show --max_new_tokens 40 --temperature 0.5
