@@ -7,17 +7,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from absl import logging
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffucoder_jax.hf import mapping
+from diffucoder_jax.hf import mapping, shards
 from diffucoder_jax.model.transformer import Transformer
 from diffucoder_jax.runtime import sharding
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F32", "F16", "BF16")
 
 
 def read_config(folder):
@@ -52,7 +48,7 @@ def load_params(folder, model_config, mesh=None, dtype=None):
   its devices hold, so host memory stays at one tensor beyond the parameters.
 
   Args:
-    folder: a local path with model.safetensors, or model.safetensors.index.json and its shards.
+    folder: a path with model.safetensors, or model.safetensors.index.json and its shards.
     model_config: `ModelConfig`; `ModelConfig(**mapping.config_from_hf(read_config(folder)))`.
     mesh: where the parameters go; None: this process's first device.
     dtype: of the parameters; None: `model_config.param_dtype`. On disk they may be float32, float16
@@ -67,8 +63,8 @@ def load_params(folder, model_config, mesh=None, dtype=None):
   abstract = abstract_params(model_config, mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))  # the caller may be on another one
-    tensors = _open(_local(folder), stack)
-    _check(tensors, model_config)
+    tensors = shards.open_folder(folder, stack)
+    check(tensors, model_config)
     progress = _progress(model_config)
     params = {}
     for row in mapping.rows(model_config):
@@ -77,57 +73,15 @@ def load_params(folder, model_config, mesh=None, dtype=None):
   return params
 
 
-def _local(folder):
-  if "://" in str(folder):
-    raise ValueError(
-      f"{folder}: safetensors are memory-mapped, so they must lie on a local disk; copy the folder "
-      f"first, e.g. `gcloud storage cp -r {folder} /tmp/`, or convert it to an Orbax checkpoint"
-    )
-  return epath.Path(folder)
+def check(tensors, config):
+  """Compares every name, shape and dtype with what a network needs; reads headers only.
 
-
-def _open(folder, stack):
-  """Opens every shard: {tensor name: (file, open safetensors file)}."""
-  if (folder / INDEX).exists():
-    where = _weight_map(folder / INDEX)
-  elif (folder / SINGLE).exists():
-    where = {}
-  else:
-    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".gguf"))
-    hint = f"; it has {', '.join(others)}: save it again as safetensors" if others else ""
-    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
-  opened, held = {}, {}
-  for name in sorted(set(where.values())) or [SINGLE]:
-    if not (folder / name).exists():
-      raise FileNotFoundError(
-        f"{folder / INDEX} names {name}, which is not there; fetch that shard again"
-      )
-    try:
-      opened[name] = stack.enter_context(safetensors.safe_open(str(folder / name), "np"))
-    except (safetensors.SafetensorError, OSError) as error:
-      raise ValueError(
-        f"{folder / name} is not a whole safetensors file ({error}); it was probably cut short on "
-        "the way, so fetch it again"
-      ) from error
-    held[name] = set(opened[name].keys())
-  for tensor, name in where.items():
-    if tensor not in held[name]:
-      raise ValueError(
-        f"{folder / INDEX} says that {name} holds {tensor}, but it does not; fetch both again"
-      )
-  where = {tensor: name for name, names in held.items() for tensor in names} | where
-  return {tensor: (name, opened[name]) for tensor, name in where.items()}
-
-
-def _weight_map(path):
-  try:
-    return json.loads(path.read_text())["weight_map"]
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is not a safetensors index ({error!r}); fetch it again") from error
-
-
-def _check(tensors, config):
-  """Compares every name, shape and dtype with what the network needs; reads headers only."""
+  Args:
+    tensors: {name: `shards.Tensor`}. A second copy of a tied head is taken out of it.
+    config: `ModelConfig`.
+  Raises:
+    ValueError: names the tensor and what to do.
+  """
   wanted = mapping.hf_shapes(config)
   found = {name for name in tensors if not name.endswith(mapping.IGNORED_SUFFIX)}
   missing = [name for name in wanted if name not in found]
@@ -146,18 +100,16 @@ def _check(tensors, config):
       "(model_type, num_hidden_layers, tie_word_embeddings) does not describe these weights"
     )
   for name, shape in wanted.items():
-    file, opened = tensors[name]
-    tensor = opened.get_slice(name)
-    found_shape, found_dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-    if found_shape != shape:
+    tensor = tensors[name]
+    if tensor.shape != shape:
       raise ValueError(
-        f"{name} in {file} has shape {found_shape}, but config.json asks for {shape}; one of them "
-        "belongs to another model"
+        f"{name} in {tensor.where} has shape {tensor.shape}, but config.json asks for {shape}; one "
+        "of them belongs to another model"
       )
-    if found_dtype not in DTYPES:
+    if tensor.dtype is None:
       raise ValueError(
-        f"{name} in {file} is stored as {found_dtype}; only {', '.join(DTYPES)} are read: save the "
-        "weights again in one of them"
+        f"{name} in {tensor.where} is stored as {tensor.stored_as}; only "
+        f"{', '.join(shards.DTYPES)} are read: save the weights again in one of them"
       )
 
 
@@ -166,18 +118,17 @@ def _some(names):
   return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
-def _check_tied(tensors, chunk=8192):
+def _check_tied(tensors):
   """A tied network may store its embedding twice, but not two different matrices."""
-  (file, opened), (_, embed_opened) = tensors[mapping.HEAD], tensors[mapping.EMBED]
-  head, embed = opened.get_slice(mapping.HEAD), embed_opened.get_slice(mapping.EMBED)
-  rows = embed.get_shape()[0]
-  parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
-  same = head.get_shape() == embed.get_shape() and all(
-    np.array_equal(head[part], embed[part]) for part in parts
+  head, embed = tensors[mapping.HEAD], tensors[mapping.EMBED]
+  if embed.dtype is None:
+    return  # refused later, by name
+  same = (head.shape, head.dtype) == (embed.shape, embed.dtype) and all(
+    np.array_equal(head.read(*part), embed.read(*part)) for part in embed.row_ranges()
   )
   if not same:
     raise ValueError(
-      f"config.json says tie_word_embeddings, but {mapping.HEAD} in {file} differs from "
+      f"config.json says tie_word_embeddings, but {mapping.HEAD} in {head.where} differs from "
       f"{mapping.EMBED}; set tie_word_embeddings to false to use both"
     )
 
@@ -193,12 +144,11 @@ def _load_row(row, tensors, config, abstract, dtype, progress):
   allocate, fill = _filler(kind, config, abstract.shape, dtype, abstract.sharding)
   leaf = allocate() if row.stacked else None
   for i, name in enumerate(row.names(config)):
-    file, opened = tensors[name]
-    tensor = jax.make_array_from_callback(shape, source, _reader(opened.get_slice(name)))
+    tensor = jax.make_array_from_callback(shape, source, _reader(tensors[name]))
     leaf, finite = fill(leaf, tensor, i)
     if not bool(finite):  # Waits for the device, so that the host holds one tensor at a time.
       raise ValueError(
-        f"{name} in {file} has NaN or infinite values (as {dtype}); the file is damaged, or the "
+        f"{name} in {tensors[name].where} has NaN or infinite values (as {dtype}); the file is damaged, or the "
         "training that made it diverged"
       )
     progress(tensor.nbytes)
@@ -222,14 +172,14 @@ def _filler(kind, config, shape, dtype, target):
 
 
 def _reader(tensor):
-  """Reads slices of a stored tensor, each of them once however many local devices hold it."""
+  """Reads slices of a stored tensor; rows that several local devices want are read once."""
   read = {}
 
   def slice_at(index):
-    key = str(index)  # Slices do not hash before Python 3.12.
-    if key not in read:
-      read[key] = tensor[index]
-    return read[key]
+    first, last, _ = index[0].indices(tensor.shape[0])
+    if (first, last) not in read:
+      read[first, last] = tensor.read(first, last)
+    return read[first, last][:, *index[1:]]
 
   return slice_at
 
