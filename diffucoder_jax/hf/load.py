@@ -148,8 +148,8 @@ def _load_row(row, tensors, config, abstract, dtype, progress):
     leaf, finite = fill(leaf, tensor, i)
     if not bool(finite):  # Waits for the device, so that the host holds one tensor at a time.
       raise ValueError(
-        f"{name} in {tensors[name].where} has NaN or infinite values (as {dtype}); the file is damaged, or the "
-        "training that made it diverged"
+        f"{name} in {tensors[name].where} has NaN or infinite values (as {dtype}); the file is "
+        "damaged, or the training that made it diverged"
       )
     progress(tensor.nbytes)
   return leaf

@@ -114,7 +114,9 @@ def _open_file(path, stack):
     entries = {name: _entry(name, header[name], size - start) for name in header}
     ends = sorted(end for *_, end in entries.values())
     if entries and ends[-1] != size - start:
-      raise ValueError(f"the header describes {ends[-1]} bytes of data and {size - start} are there")
+      raise ValueError(
+        f"the header describes {ends[-1]} bytes of data and {size - start} are there"
+      )
   except ValueError as error:
     raise ValueError(
       f"{path} is not a whole safetensors file ({error}); it was probably cut short on the way, so "

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from diffucoder_jax.runtime import fingerprint
 from diffucoder_jax.runtime import workdir as workdirs
 
+CHUNK_BYTES = 64 << 20
 _sigterm = threading.Event()
 
 
@@ -77,8 +78,11 @@ def _attempt(read):
   return value
 
 
-def _read_text_items(step_dir):
-  """(integrity, data, config) of a checkpoint, checked against each other."""
+def read_text_items(step_dir):
+  """(integrity, data, config) of a checkpoint, checked against each other.
+
+  `integrity["leaves"]` says shape, dtype and fingerprint of each array.
+  """
 
   def read():
     handler = ocp.JsonCheckpointHandler()
@@ -134,7 +138,7 @@ def _read_arrays(step_dir, abstract, saved):
   )
 
 
-def _find_step(path):
+def find_step(path):
   """The directory of one checkpoint: `path` itself, or the newest one in a workdir."""
   path = workdirs.absolute(path)
   if (path / "checkpoints").is_dir():
@@ -166,8 +170,8 @@ def load_config(path):
   Raises:
     FileNotFoundError: no checkpoint there. DamagedCheckpoint: not what was saved.
   """
-  step_dir = _find_step(path)
-  return _named_damage(step_dir, lambda: _read_text_items(step_dir)[2])
+  step_dir = find_step(path)
+  return _named_damage(step_dir, lambda: read_text_items(step_dir)[2])
 
 
 def restore_params(path, abstract_params):
@@ -184,11 +188,11 @@ def restore_params(path, abstract_params):
     ValueError: names the leaves whose shapes differ. DamagedCheckpoint: not what was saved. There
       is no silent falling back here: an evaluation of other weights would be a wrong result.
   """
-  step_dir = _find_step(path)
+  step_dir = find_step(path)
   abstract = {"params": abstract_params}
 
   def read():
-    leaves = _read_text_items(step_dir)[0]["leaves"]
+    leaves = read_text_items(step_dir)[0]["leaves"]
     _check_shapes(leaves, abstract, f"checkpoint {step_dir}", whole=False)
     return _read_arrays(step_dir, abstract, leaves)["params"]
 
@@ -251,16 +255,25 @@ def save(manager, step, state, data_state, config, force=False):
   step = int(step)
   if step in manager.all_steps() or not (force or manager.should_save(step)):
     return False
-  data_state, config = (json.loads(workdirs.canonical(value)) for value in (data_state, config))
-  leaves = fingerprint.describe(state)
-  content = {"leaves": leaves, "data": workdirs.crc(data_state), "config": workdirs.crc(config)}
+  texts = text_items(fingerprint.describe(state), data_state, config)
   items = ocp.args.Composite(
-    state=ocp.args.StandardSave(state),
-    data=ocp.args.JsonSave(data_state),
-    config=ocp.args.JsonSave(config),
-    integrity=ocp.args.JsonSave({"of": content, "crc32": workdirs.crc(content)}),
+    state=ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state)),
+    **{name: ocp.args.JsonSave(value) for name, value in texts.items()},
   )
   return manager.save(step, args=items, force=force)
+
+
+def text_items(leaves, data_state, config):
+  """The items of a checkpoint beside its arrays: {name: JSON value}; see `read_text_items`."""
+  data_state, config = (json.loads(workdirs.canonical(value)) for value in (data_state, config))
+  content = {"leaves": leaves, "data": workdirs.crc(data_state), "config": workdirs.crc(config)}
+  integrity = {"of": content, "crc32": workdirs.crc(content)}
+  return {"data": data_state, "config": config, "integrity": integrity}
+
+
+def _save_args(x):
+  # Chunks that a conversion can read one by one; what is stacked is cut between its layers.
+  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
 
 
 def _move_aside(manager, step, workdir):
@@ -313,7 +326,7 @@ def resume(manager, workdir, abstract_state, config):
   for step in _same_steps(manager.all_steps()):
     step_dir = manager.directory / str(step)
     try:
-      content, data_state, saved_config = _read_text_items(step_dir)
+      content, data_state, saved_config = read_text_items(step_dir)
       workdirs.check_config(saved_config, config, f"checkpoint {step_dir}")
       _check_shapes(content["leaves"], abstract_state, f"checkpoint {step_dir}", whole=True)
       state = _read_arrays(step_dir, abstract_state, content["leaves"])

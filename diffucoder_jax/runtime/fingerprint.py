@@ -1,7 +1,10 @@
 """Fingerprints of arrays: they tell whether a tree is bit for bit what it was."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def named_leaves(tree):
@@ -27,11 +30,12 @@ def _check_leaf(name, x):
     raise ValueError(f"state leaf {name} is {x.dtype}; types under 8 bits cannot be saved")
 
 
-def _fingerprint(x):
+def _fingerprint(x, starts=None, shape=None):
   """uint32 that changes when any one element does, for any sharding and number of processes.
 
   Every word is mixed with its global index (MurmurHash3's finaliser, a bijection of the word) and
-  all are added with wrap-around, which is exact in any order.
+  all are added with wrap-around, which is exact in any order, and so piece by piece: then `starts`
+  is where the piece begins in an array of `shape`.
   """
   if is_key(x):
     x = jax.random.key_data(x)
@@ -39,12 +43,14 @@ def _fingerprint(x):
     x = x.astype(jnp.uint8)
   unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
   words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  sizes = words.shape if shape is None else shape
   index = jnp.zeros(words.shape, jnp.uint32)
   stride = 1
   for axis in reversed(range(words.ndim)):
     step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    step += jnp.uint32(0) if starts is None else starts[axis]
     index += step * jnp.uint32(stride % (1 << 32))
-    stride *= words.shape[axis]
+    stride *= sizes[axis]
   mixed = words ^ (index * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15))
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
@@ -54,6 +60,21 @@ def _fingerprint(x):
 @jax.jit
 def _fingerprints(leaves):
   return [_fingerprint(x) for x in leaves]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fingerprint_of_piece(piece, starts, shape):
+  return _fingerprint(piece, starts, shape)
+
+
+def of_piece(piece, starts, shape):
+  """What a piece adds to the fingerprint of an array, int; the sum of all is taken modulo 2**32.
+
+  Args:
+    piece: numpy array of 1, 2 or 4 byte numbers.
+    starts: where it begins, an int per dimension. shape: of the whole array.
+  """
+  return int(_fingerprint_of_piece(piece, np.asarray(starts, np.uint32), tuple(shape)))
 
 
 def describe(state):

@@ -1,0 +1,521 @@
+"""DiffuCoder for PyTorch: the network and its denoising loop, in one file that travels with weights.
+
+Lies beside `config.json` and the safetensors of an exported model, so that
+
+  AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+works with torch and transformers alone (4.46 to 5.x). It is data of the JAX project that wrote it:
+nothing there imports it. Same architecture, parameter names and arguments as Dream 7B and Apple's
+DiffuCoder, same tokens at temperature 0; where it differs on purpose, `diffusion_generate` says so.
+
+Dimension key: B batch, L sequence, M key length, D embed, H query heads, J kv heads, K head_dim,
+V vocab, P masked positions (of the whole batch, flat).
+"""
+
+import dataclasses
+import types
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import ModelOutput
+
+# config.json names every value. For an absent one: what Dream's class takes, and the 7B's sizes.
+CONFIG = dict(
+  vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+  num_attention_heads=28, num_key_value_heads=4, head_dim=None, attention_bias=True,
+  hidden_act="silu", max_position_embeddings=32768, initializer_range=0.02, rms_norm_eps=1e-6,
+  rope_theta=1e4, use_cache=False, tie_word_embeddings=False, mask_token_id=151666,
+  pad_token_id=151643, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+class DiffuCoderConfig(PretrainedConfig):
+  """Dream's keys, and ours: `head_dim` (absent: hidden_size / heads) and `attention_bias`."""
+
+  model_type = "Dream"
+
+  def __init__(self, **kwargs):
+    # transformers 5 writes theta into `rope_parameters`. It would rewrite these two if they stayed.
+    rope = {
+      **(kwargs.pop("rope_scaling", None) or {}),
+      **(kwargs.pop("rope_parameters", None) or {}),
+    }
+    values = {key: kwargs.pop(key, default) for key, default in CONFIG.items()}
+    values["head_dim"] = (
+      values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+    )
+    values["rope_theta"] = float(rope.get("rope_theta", values["rope_theta"]))
+    must_be = {
+      "rope_scaling": ("default", rope.get("rope_type", rope.get("type", "default"))),
+      "hidden_act": ("silu", values["hidden_act"]),
+      "use_sliding_window": (False, bool(kwargs.get("use_sliding_window"))),
+      "attention_dropout": (0.0, kwargs.get("attention_dropout") or 0.0),
+    }
+    for key, (wanted, found) in must_be.items():
+      if found != wanted:
+        raise ValueError(f"config.json has {key} {found!r}; this model only computes {wanted!r}")
+    # The base class has other defaults for some, and does not take all of them in all versions.
+    super().__init__(tie_word_embeddings=values["tie_word_embeddings"], **kwargs)
+    for key, value in values.items():
+      setattr(self, key, value)
+
+
+@dataclasses.dataclass
+class DiffuCoderOutput(ModelOutput):
+  """The canvas [B, L] when `diffusion_generate` ended, and (if asked for) after each step."""
+
+  sequences: torch.LongTensor = None
+  history: tuple | None = None
+
+
+# --- The network.
+
+
+class DiffuCoderRMSNorm(nn.Module):
+  """Root-mean-square norm; the mean is float32, the weight multiplies in the input's dtype."""
+
+  def __init__(self, width, eps):
+    super().__init__()
+    self.weight = nn.Parameter(torch.ones(width))
+    self.eps = eps
+
+  def forward(self, x_BLD):
+    x32_BLD = x_BLD.float()
+    x32_BLD = x32_BLD * torch.rsqrt(x32_BLD.square().mean(-1, keepdim=True) + self.eps)
+    return self.weight * x32_BLD.to(x_BLD.dtype)
+
+
+def rotary(positions_BL, config, dtype):
+  """Cosines and sines [B, 1, L, K / 2] of the rotary angles; float32 until the cast at the end.
+
+  Made anew from the config in every call: a buffer would be left unset by transformers 5, which
+  builds models without memory, and lose precision in `model.to(torch.bfloat16)`.
+  """
+  even_k = torch.arange(0, config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+  frequency_k = 1.0 / config.rope_theta ** (even_k / config.head_dim)
+  angles_B1Lk = positions_BL[:, None, :, None].float() * frequency_k
+  return angles_B1Lk.cos().to(dtype), angles_B1Lk.sin().to(dtype)
+
+
+def rotate(x_BHLK, cos_B1Lk, sin_B1Lk):
+  """Rotates the two halves of each head (not interleaved pairs)."""
+  first, second = x_BHLK.chunk(2, -1)
+  return torch.cat([first * cos_B1Lk - second * sin_B1Lk, second * cos_B1Lk + first * sin_B1Lk], -1)
+
+
+class DiffuCoderAttention(nn.Module):
+  """Grouped-query attention: kv head j serves the query heads j*H/J .. (j+1)*H/J - 1."""
+
+  def __init__(self, config):
+    super().__init__()
+    c = config
+    self.head_dim, self.group = c.head_dim, c.num_attention_heads // c.num_key_value_heads
+    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    self.q_proj = nn.Linear(c.hidden_size, heads, bias=c.attention_bias)
+    self.k_proj = nn.Linear(c.hidden_size, kv_heads, bias=c.attention_bias)
+    self.v_proj = nn.Linear(c.hidden_size, kv_heads, bias=c.attention_bias)
+    self.o_proj = nn.Linear(heads, c.hidden_size, bias=False)
+
+  def forward(self, x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM):
+    q_BHLK, k_BJLK, v_BJLK = (
+      project(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+      for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    q_BHLK, k_BJLK = rotate(q_BHLK, cos_B1Lk, sin_B1Lk), rotate(k_BJLK, cos_B1Lk, sin_B1Lk)
+    # Not `enable_gqa`: it excludes some of the fast kernels.
+    k_BHLK, v_BHLK = (x.repeat_interleave(self.group, 1) for x in (k_BJLK, v_BJLK))
+    o_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=seen_B1LM)
+    return self.o_proj(o_BHLK.transpose(1, 2).flatten(2))
+
+
+class DiffuCoderMLP(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+  def __init__(self, config):
+    super().__init__()
+    embed, hidden = config.hidden_size, config.intermediate_size
+    self.gate_proj = nn.Linear(embed, hidden, bias=False)
+    self.up_proj = nn.Linear(embed, hidden, bias=False)
+    self.down_proj = nn.Linear(hidden, embed, bias=False)
+
+  def forward(self, x_BLD):
+    return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+
+
+class DiffuCoderLayer(nn.Module):
+  """Attention and MLP, each behind a norm and a residual."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.input_layernorm = DiffuCoderRMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.self_attn = DiffuCoderAttention(config)
+    self.post_attention_layernorm = DiffuCoderRMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.mlp = DiffuCoderMLP(config)
+
+  def forward(self, x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM):
+    x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_B1Lk, sin_B1Lk, seen_B1LM)
+    return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+class DiffuCoderBackbone(nn.Module):
+  """Everything below the output matrix."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.config = config
+    pad_id = first_id(config.pad_token_id)
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad_id)
+    self.layers = nn.ModuleList(DiffuCoderLayer(config) for _ in range(config.num_hidden_layers))
+    self.norm = DiffuCoderRMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it, and the function
+
+  def forward(self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None):
+    """As `DiffuCoderModel.forward`; returns (state x_BLD after the final norm, hidden states)."""
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError("give either input_ids or inputs_embeds")
+    x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    B, L = x_BLD.shape[:2]
+    if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+      position_ids = ((attention_mask != 0).cumsum(1) - 1).clamp(min=0)
+    elif position_ids is None:
+      position_ids = torch.arange(L, device=x_BLD.device)[None]
+    cos_B1Lk, sin_B1Lk = rotary(position_ids, self.config, x_BLD.dtype)
+    seen_B1LM = visible(attention_mask, B, L)
+    hidden_states = [x_BLD]
+    for layer in self.layers:
+      if self.gradient_checkpointing and self.training:
+        run = self._gradient_checkpointing_func
+        x_BLD = run(layer.__call__, x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM)
+      else:
+        x_BLD = layer(x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM)
+      hidden_states.append(x_BLD)
+    x_BLD = self.norm(x_BLD)
+    return x_BLD, (*hidden_states[:-1], x_BLD)
+
+
+def visible(attention_mask, B, L):
+  """Which keys a query sees: bool that broadcasts to [B, H, L, M], or None where all are seen."""
+  if attention_mask is None or isinstance(attention_mask, str) and attention_mask == "full":
+    return None
+  shape = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else ()
+  if shape == (B, L):
+    seen_B1LM = (attention_mask != 0)[:, None, None, :]
+  elif len(shape) == 4 and shape[-1] == L and not attention_mask.is_floating_point():
+    seen_B1LM = attention_mask != 0
+  else:
+    found = attention_mask if isinstance(attention_mask, str) else f"{type(attention_mask)} {shape}"
+    raise ValueError(
+      f"attention_mask is {found}; give None, 'full', [B, L] = {[B, L]}, or a bool [B, 1, L, L]"
+    )
+  # A query that may see nothing sees everything: its numbers mean nothing, but they are finite.
+  return seen_B1LM | ~seen_B1LM.any(-1, keepdim=True)
+
+
+def first_id(ids):
+  """A special token id of the config, which may hold several, or None."""
+  return (ids[0] if ids else None) if isinstance(ids, (list, tuple)) else ids
+
+
+class DiffuCoderModel(PreTrainedModel):
+  """Masked diffusion language model: bidirectional Qwen2 with a language-model head."""
+
+  config_class = DiffuCoderConfig
+  base_model_prefix = "model"
+  supports_gradient_checkpointing = True
+  _supports_sdpa = True
+  _no_split_modules = ["DiffuCoderLayer"]
+  # A tied model has no head of its own (so there is nothing for transformers to tie), but a file
+  # may hold the embedding twice; and old ones hold the rotary frequencies.
+  _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$", r"rotary_emb\.inv_freq$"]
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = DiffuCoderBackbone(config)
+    if not config.tie_word_embeddings:
+      self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    self.post_init()
+
+  def _init_weights(self, module):
+    # Through nn.init, where transformers 5 skips what a checkpoint has already filled.
+    if isinstance(module, DiffuCoderRMSNorm):
+      nn.init.ones_(module.weight)
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
+      nn.init.normal_(module.weight, std=self.config.initializer_range)
+      if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+  def get_input_embeddings(self):
+    return self.model.embed_tokens
+
+  def set_input_embeddings(self, value):
+    self.model.embed_tokens = value
+
+  def get_output_embeddings(self):
+    return getattr(self, "lm_head", None)
+
+  def set_output_embeddings(self, value):
+    self.lm_head = value
+
+  def unembed(self, x):
+    """Logits of hidden states: [..., D] to [..., V], in the model's dtype."""
+    if not self.config.tie_word_embeddings:
+      return self.lm_head(x)
+    weight_VD = self.model.embed_tokens.weight
+    return F.linear(x.to(weight_VD.device), weight_VD)
+
+  def forward(
+    self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
+    output_hidden_states=None, return_dict=None, use_cache=None,
+  ):  # fmt: skip
+    """Scores every token of the vocabulary at every position.
+
+    Args:
+      input_ids: int64 [B, L]; or inputs_embeds, [B, L, D].
+      attention_mask: None or "full": every position sees every other; [B, L], 0 on padding (left or
+        right), which nobody sees; or bool [B, 1, L, L], True where the query (third) sees the key.
+      position_ids: int64 [B, L]; 0..L-1 without it, counted from the first real token under a
+        [B, L] mask.
+      output_hidden_states: adds the embeddings, the residual stream after each layer but the last,
+        and the state after the final norm.
+      return_dict: False gives a tuple.
+      use_cache: accepted for callers that pass False; there is no cache.
+    Returns:
+      MaskedLMOutput. `logits` [B, L, V] are in the model's dtype and RAW, as Dream's: logits[:, i]
+      predicts token i + 1. The ones that predict the tokens at hand are
+      torch.cat([logits[:, :1], logits[:, :-1]], 1). Those of padding are finite and meaningless.
+    """
+    c = self.config
+    x_BLD, hidden_states = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
+    wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+    hidden_states = hidden_states if wanted else None
+    output = MaskedLMOutput(logits=self.unembed(x_BLD), hidden_states=hidden_states)
+    as_dict = getattr(c, "return_dict", True) if return_dict is None else return_dict
+    return output if as_dict else output.to_tuple()
+
+  @torch.no_grad()
+  def diffusion_generate(
+    self, inputs, generation_config=None, *, attention_mask=None, generation_tokens_hook_func=None,
+    generation_logits_hook_func=None, **kwargs,
+  ):  # fmt: skip
+    """Appends masks to prompts and denoises them; masks within the prompts are filled as well.
+
+    Dream's, with these differences: each row commits tokens by its own number of masks (Dream takes
+    the batch's mean, and so overwrites prompts); MASK is never written (where it is the choice, the
+    best other token is written, in the same order); sampling is float32 whatever the model's dtype;
+    ties go to the lowest index; a step that commits nothing runs no network unless a hook is given.
+
+    Args:
+      inputs: int64 [B, L], prompts, left-padded to one length.
+      generation_config: any object with attributes of the names below; keyword arguments win.
+      attention_mask: [B, L], 0 on padding.
+      generation_tokens_hook_func: (step, x, logits) -> x, called before the first step with
+        (None, x, None) and after each one.
+      generation_logits_hook_func: (step, x, logits) -> logits, with logits[:, i] scoring token i.
+      **kwargs: the keys of `DEFAULTS`.
+    Returns:
+      int64 [B, L + new tokens], or `DiffuCoderOutput` if return_dict_in_generate.
+    Raises:
+      TypeError, ValueError: name the argument.
+    """
+    c = settings(generation_config, kwargs)
+    mask_id = first_id(
+      c.mask_token_id if c.mask_token_id is not None else self.config.mask_token_id
+    )
+    if mask_id is None:
+      raise ValueError("there is no mask token: pass mask_token_id, or set it in config.json")
+    x_BL, valid_BL = self._canvas(inputs, attention_mask, c, mask_id)
+    attention_mask = None if valid_BL.all() else valid_BL
+    change_tokens, change_logits = generation_tokens_hook_func, generation_logits_hook_func
+    t = torch.linspace(1.0, c.eps, c.steps + 1)
+    shares = [
+      *(1.0 - t[1:-1] / t[:-2]).tolist(),
+      1.0,
+    ]  # of the remaining masks, to commit in a step
+    history = []
+    if change_tokens is not None:
+      x_BL = change_tokens(None, x_BL, None)
+    for step, share in enumerate(shares):
+      masked_BL = (x_BL == mask_id) & valid_BL
+      if c.alg == "origin":  # each position on its own, so the number committed varies
+        masked_BL &= torch.rand(x_BL.shape, device=x_BL.device) < share
+        count_B = masked_BL.sum(1)
+      else:
+        count_B = (masked_BL.sum(1).float() * share).long()
+        masked_BL &= (count_B > 0)[:, None]
+      logits_BLV = None
+      if change_tokens is not None or change_logits is not None:
+        logits_BLV = align_with_targets(self(x_BL, attention_mask).logits, valid_BL)
+      if change_logits is not None:
+        logits_BLV = change_logits(step, x_BL, logits_BLV)
+      if masked_BL.any():
+        if logits_BLV is None:  # the output matrix is for the masked positions only
+          x_BLD = align_with_targets(self.model(x_BL, attention_mask)[0], valid_BL)
+          proposed = propose(x_BLD[masked_BL.to(x_BLD.device)], self.unembed, c, mask_id)
+        else:
+          proposed = propose(logits_BLV[masked_BL.to(logits_BLV.device)], None, c, mask_id)
+        x_BL = commit(x_BL, masked_BL, count_B, *(x_P.to(x_BL.device) for x_P in proposed))
+      if change_tokens is not None:
+        x_BL = change_tokens(step, x_BL, logits_BLV)
+      if c.output_history:
+        history.append(x_BL.clone())
+    if not c.return_dict_in_generate:
+      return x_BL
+    return DiffuCoderOutput(sequences=x_BL, history=tuple(history) if c.output_history else None)
+
+  def _canvas(self, inputs, attention_mask, c, mask_id):
+    """Prompts with masks appended, and which positions are no padding: int64 and bool [B, L]."""
+    if not torch.is_tensor(inputs) or inputs.dim() != 2:
+      raise ValueError("inputs must be token ids [B, L]; give one prompt as [1, L]")
+    if attention_mask is None or isinstance(attention_mask, str) and attention_mask == "full":
+      attention_mask = torch.ones_like(inputs)
+    if attention_mask.shape != inputs.shape:
+      raise ValueError(
+        f"attention_mask is {list(attention_mask.shape)}; it must be {list(inputs.shape)}, as inputs"
+      )
+    length = inputs.shape[1]
+    new = c.max_length - length if c.max_new_tokens is None else c.max_new_tokens
+    if (
+      c.max_new_tokens is None and not c.max_length_given and c.max_length == DEFAULTS["max_length"]
+    ):
+      new = c.max_length  # the default counts new tokens
+    if new < 0 or (new == 0 and not (inputs == mask_id).any()):
+      raise ValueError(
+        f"there is nothing to write after {length} tokens with max_length {c.max_length} and "
+        f"max_new_tokens {c.max_new_tokens}; ask for more, or put masks into inputs"
+      )
+    if length + new > self.config.max_position_embeddings:
+      raise ValueError(
+        f"{length} tokens and {new} new ones are more than the model's context, "
+        f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+      )
+    x_BL = F.pad(inputs.long(), (0, new), value=mask_id)
+    valid_BL = F.pad((attention_mask != 0).long(), (0, new), value=1).bool().to(x_BL.device)
+    return tuple(x.repeat_interleave(c.num_return_sequences, 0) for x in (x_BL, valid_BL))
+
+
+# --- Denoising: Dream's arguments, what to write, and how sure that is.
+
+# The documented defaults, in every version of transformers. (Dream's own code takes them from the
+# model config, which under transformers 4.46-4.57 means temperature 1 and a hidden top_k of 50.
+# Pass top_k=50 to get what published samples of DiffuCoder were made with.)
+DEFAULTS = dict(
+  max_length=20,  # of prompt and answer when it is passed; of the answer when it is not
+  max_new_tokens=None, steps=512, eps=1e-3, alg="origin", alg_temp=None, temperature=0.0, top_p=None,
+  top_k=None, num_return_sequences=1, output_history=False, return_dict_in_generate=False,
+  mask_token_id=None, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def settings(generation_config, kwargs):
+  """The arguments of `diffusion_generate`, checked: kwargs, then the config's, then `DEFAULTS`."""
+  unknown = sorted(set(kwargs) - set(DEFAULTS))
+  if unknown:
+    raise TypeError(f"diffusion_generate got unknown arguments {unknown}; it has {list(DEFAULTS)}")
+  found = {name: getattr(generation_config, name, None) for name in DEFAULTS} | kwargs
+  found = {name: DEFAULTS[name] if value is None else value for name, value in found.items()}
+  c = types.SimpleNamespace(**found, max_length_given=kwargs.get("max_length") is not None)
+  checks = {
+    "alg": (c.alg in CONFIDENCE, f"choose one of {list(CONFIDENCE)}"),
+    "steps": (c.steps >= 1, "use 1 or more"),
+    "eps": (0 < c.eps < 1, "use a number in (0, 1)"),
+    "temperature": (c.temperature >= 0, "use 0 or more"),
+    "alg_temp": (c.alg_temp is None or c.alg_temp >= 0, "use None, 0 or more"),
+    "top_p": (c.top_p is None or 0 < c.top_p <= 1, "use None or a number in (0, 1]"),
+    "top_k": (c.top_k is None or c.top_k >= 0, "use None, 0 (off) or more"),
+    "num_return_sequences": (c.num_return_sequences >= 1, "use 1 or more"),
+  }
+  for name, (good, remedy) in checks.items():
+    if not good:
+      raise ValueError(f"{name} is {getattr(c, name)!r}; {remedy}")
+  return c
+
+
+def align_with_targets(x_BLX, valid_BL):
+  """Shifts one to the right, so that position i holds what predicts token i.
+
+  The first token of a row keeps its own: what is before it is padding, or nothing.
+  """
+  shift = lambda x: torch.cat([x[:, :1], x[:, :-1]], 1)  # noqa: E731
+  first_BL = (valid_BL & ~shift(valid_BL)).to(x_BLX.device)
+  return torch.where(first_BL[:, :, None], x_BLX, shift(x_BLX))
+
+
+def propose(features_PX, unembed, c, mask_id, chunk=256):
+  """What to write at each masked position, int64 [P], and how sure that is, float32 [P].
+
+  `unembed` makes logits of the features, a chunk of positions at a time to bound the memory; None:
+  they are logits.
+  """
+  proposals = []
+  for x_PX in features_PX.split(chunk):
+    logits_PV = (x_PX if unembed is None else unembed(x_PX)).float()
+    probs_PV = filter_logits(logits_PV, c.temperature, c.top_p, c.top_k).softmax(-1)
+    drawn_P = probs_PV.argmax(-1)
+    if c.temperature > 0:
+      drawn_P = torch.multinomial(probs_PV, 1)[:, 0]
+    confidence_P = CONFIDENCE[c.alg](probs_PV, drawn_P)
+    if c.alg_temp:  # the largest are then draws without replacement from softmax(confidence / it)
+      gumbel_P = -torch.empty_like(confidence_P).exponential_().log()
+      confidence_P = confidence_P / c.alg_temp + gumbel_P
+    is_mask_V = torch.arange(logits_PV.shape[-1], device=logits_PV.device) == mask_id
+    other_P = logits_PV.masked_fill(is_mask_V, -torch.inf).argmax(-1)
+    proposals.append((torch.where(drawn_P == mask_id, other_P, drawn_P), confidence_P))
+  return tuple(torch.cat(parts) for parts in zip(*proposals, strict=True))
+
+
+def commit(x_BL, masked_BL, count_B, tokens_P, confidence_P):
+  """Writes the `count_B` surest tokens of each row; the lowest index first on ties."""
+  tokens_BL, scores_BL = x_BL.clone(), torch.full(x_BL.shape, -torch.inf, device=x_BL.device)
+  tokens_BL[masked_BL], scores_BL[masked_BL] = tokens_P, confidence_P
+  order_BL = scores_BL.sort(dim=1, descending=True, stable=True).indices
+  return torch.where((order_BL.argsort(1) < count_B[:, None]) & masked_BL, tokens_BL, x_BL)
+
+
+def filter_logits(logits_PV, temperature, top_p, top_k):
+  """Temperature, then nucleus, then top-k, in Dream's order; float32."""
+  removed = torch.finfo(logits_PV.dtype).min  # finite, so that nothing becomes NaN
+  if temperature > 0:
+    logits_PV = logits_PV / temperature
+  if top_p is not None and top_p < 1:
+    # A token stays when the more likely ones do not yet exceed top_p; tied ones stay or go together.
+    probs_PV = logits_PV.softmax(-1)
+    sorted_PV = probs_PV.sort(-1, descending=True).values
+    before_PV = F.pad(sorted_PV.cumsum(-1)[:, :-1], (1, 0))
+    last_P1 = (before_PV <= top_p).sum(-1, keepdim=True) - 1
+    logits_PV = logits_PV.masked_fill(probs_PV < sorted_PV.gather(-1, last_P1), removed)
+  if top_k and top_k < logits_PV.shape[-1]:
+    kth_P1 = logits_PV.topk(top_k).values[:, -1:]
+    logits_PV = logits_PV.masked_fill(logits_PV < kth_P1, removed)
+  return logits_PV
+
+
+def probability(probs_PV, drawn_P):
+  """Probability of what was drawn."""
+  return probs_PV.gather(-1, drawn_P[:, None])[:, 0]
+
+
+def margin(probs_PV, drawn_P):
+  """Lead of the best token over the next, whatever was drawn."""
+  top_P2 = probs_PV.topk(2).values
+  return top_P2[:, 0] - top_P2[:, 1]
+
+
+def negative_entropy(probs_PV, drawn_P):
+  """Of the filtered, tempered distribution, in nats."""
+  return (probs_PV * (probs_PV + 1e-10).log()).sum(-1)
+
+
+# Higher commits first. "origin" commits all that its coin picked.
+CONFIDENCE = {
+  "origin": probability,
+  "maskgit_plus": probability,
+  "topk_margin": margin,
+  "entropy": negative_entropy,
+}
+
+# So that `save_pretrained` puts this file beside the weights it saves.
+DiffuCoderConfig.register_for_auto_class()
+DiffuCoderModel.register_for_auto_class("AutoModel")
