@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +47,18 @@ def from_pretrained(path, mesh=None, param_dtype=None):
     param_dtype: "float32" or "bfloat16"; None: as the checkpoint's config says (float32 for a
       Hugging Face folder, whatever is on disk).
   Returns:
-    `Pretrained`. Special ids are config.json's for a Hugging Face folder, the tokenizer's where
-    that has none and for our checkpoints.
+    `Pretrained`. Special ids are config.json's for a Hugging Face folder and for what was converted
+    from one, the tokenizer's where that has none and for our other checkpoints.
   Raises:
     FileNotFoundError: nothing there that can be loaded; says what was looked for.
     ValueError: the config or a tensor is not what it should be; names it.
   """
   mesh = load.one_device_mesh() if mesh is None else mesh
-  config, hf_config, folder = _describe(path)
+  config, hf_config, _, folder = describe(path)
   if param_dtype is not None:
     config = dataclasses.replace(config, param_dtype=str(jnp.dtype(param_dtype)))
   tokenizer = _tokenizer(folder)
-  special = _special_ids(config, hf_config or {}, tokenizer)
+  special = special_ids(config, hf_config, tokenizer)
   params = load_params(path, config, load.abstract_params(config, mesh))
   return Pretrained(config=config, params=params, tokenizer=tokenizer, mesh=mesh, **special)
 
@@ -76,7 +76,7 @@ def load_params(path, model_config, abstract_params):
   Raises:
     FileNotFoundError, ValueError: as `from_pretrained`; names every field that differs.
   """
-  saved, hf_config, _ = _describe(path)
+  saved, _, is_hf, _ = describe(path)
   differ = [
     f"{field} is {getattr(saved, field)} there and {getattr(model_config, field)} in the config"
     for field in WEIGHTS_DEPEND_ON
@@ -89,7 +89,7 @@ def load_params(path, model_config, abstract_params):
       "to the checkpoint's values"
     )
   mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
-  if hf_config is not None:
+  if is_hf:
     return load.load_params(path, model_config, mesh)
   with jax.set_mesh(mesh):  # the caller may be on another one
     return checkpoint.restore_params(path, abstract_params)
@@ -101,14 +101,31 @@ def load_tokenizer_of(path):
   return _tokenizer(path if _hf_config(path) is not None else _workdir(path))
 
 
-def _describe(path):
-  """(ModelConfig, config.json of a Hugging Face folder or None, folder of the tokenizer)."""
+class Described(NamedTuple):
+  """What lies at a path.
+
+  Attributes:
+    config: `ModelConfig`.
+    hf_config: config.json of the Hugging Face folder, or of the one that a checkpoint was converted
+      from; {} if there is none.
+    is_hf: a Hugging Face folder, rather than a checkpoint of ours.
+    folder: where its tokenizer is.
+  """
+
+  config: ModelConfig
+  hf_config: dict
+  is_hf: bool
+  folder: epath.Path
+
+
+def describe(path):
+  """Tells what lies at `path` (as for `from_pretrained`) without loading it: `Described`."""
   path = epath.Path(path)
   hf_config = _hf_config(path)
   if hf_config is not None:
-    return ModelConfig(**mapping.config_from_hf(hf_config)), hf_config, path
-  workdir = _workdir(path)
-  return ModelConfig(**checkpoint.load_config(path)["model"]), None, workdir
+    return Described(ModelConfig(**mapping.config_from_hf(hf_config)), hf_config, True, path)
+  workdir, config = _workdir(path), checkpoint.load_config(path)
+  return Described(ModelConfig(**config["model"]), config.get("hf_config", {}), False, workdir)
 
 
 def _hf_config(path):
@@ -146,7 +163,8 @@ def _tokenizer(folder):
     return None
 
 
-def _special_ids(config, hf_config, tokenizer):
+def special_ids(config, hf_config, tokenizer):
+  """{"mask_id", "eos_id", "pad_id"} of config.json, or else of the tokenizer; -1: there is none."""
   ids = {}
   for name in ("mask", "eos", "pad"):
     value, source = mapping.token_id(hf_config, f"{name}_token_id"), "config.json"

@@ -54,7 +54,5 @@ def hf_tensor(params, config, name):
   for row in mapping.rows(config):
     if name in row.names(config):
       leaf = np.asarray(mapping.get(params, row))
-      return mapping.to_theirs(
-        row, leaf[row.names(config).index(name)] if row.stacked else leaf, config
-      )
+      return mapping.to_theirs(row, leaf[row.names(config).index(name)] if row.stacked else leaf)
   raise KeyError(name)

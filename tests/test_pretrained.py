@@ -57,7 +57,7 @@ def write_folder(folder, params, hf_config, tokenizer_json=None):
   for row in mapping.rows(CONFIG):
     leaf = np.asarray(mapping.get(params, row))
     for i, name in enumerate(row.names(CONFIG)):
-      theirs = mapping.to_theirs(row, leaf[i] if row.stacked else leaf, CONFIG)
+      theirs = mapping.to_theirs(row, leaf[i] if row.stacked else leaf)
       state[name] = np.ascontiguousarray(theirs)
   save_file(state, folder / "model.safetensors")
   if tokenizer_json:

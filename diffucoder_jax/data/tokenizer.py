@@ -151,7 +151,7 @@ class HFTokenizer:
       self._hf = hf = tokenizers.Tokenizer.from_buffer(file)
     except Exception as error:  # the Rust library raises plain Exception
       raise ValueError(f"this is not a tokenizer.json of Hugging Face: {error}") from error
-    if '"ByteLevel"' not in json.dumps(json.loads(file).get("decoder")):
+    if not _is_byte_level(file):
       raise ValueError("this tokenizer.json is not a byte-level BPE, the only kind read here")
     hf.no_truncation()
     hf.no_padding()
@@ -214,10 +214,12 @@ def load_tokenizer(path) -> Tokenizer:
 
   Args:
     path: a `tokenizer.model` (SentencePiece), a `tokenizer.json` (Hugging Face), or a folder that
-      holds one of them, or Qwen2's `vocab.json` and `merges.txt` as DiffuCoder is published.
+      holds one of them, or Qwen2's `vocab.json` and `merges.txt` as DiffuCoder is published. A
+      folder with both kinds (our exports are such) is read by its `tokenizer.json` if that is
+      byte-level, otherwise by its `tokenizer.model`.
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: the file is not a tokenizer this package can use, or the folder holds both kinds.
+    ValueError: the file is not a tokenizer this package can use.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -225,25 +227,25 @@ def load_tokenizer(path) -> Tokenizer:
       f"no tokenizer at {path}: give a tokenizer.model, a tokenizer.json, or "
       "a folder that holds one"
     )
-  file = path
+  files = [path]
   if path.is_dir():
-    files = [path / name for name in ("tokenizer.model", "tokenizer.json")]
-    found = [file for file in files if file.exists()]
-    if len(found) == 2:
-      raise ValueError(f"{path} holds tokenizer.model and tokenizer.json; name the one to use")
-    if not found and (path / "vocab.json").exists() and (path / "merges.txt").exists():
-      return HFTokenizer(_qwen_tokenizer_json(path))
-    if not found:
+    files = [path / name for name in ("tokenizer.json", "tokenizer.model")]
+    files = [file for file in files if file.exists()]
+    if not files and (path / "vocab.json").exists() and (path / "merges.txt").exists():
+      return HFTokenizer(qwen_tokenizer_json(path))
+    if not files:
       raise FileNotFoundError(
         f"{path} holds no tokenizer.model, no tokenizer.json, and no vocab.json with merges.txt"
       )
-    file = found[0]
+  file = files[0]
   if file.suffix not in (".model", ".json"):
     raise ValueError(
       f"{file} is not a tokenizer: expected a name that ends in .model "
       "(SentencePiece) or .json (Hugging Face)"
     )
   try:
+    if len(files) == 2 and not _is_byte_level(file.read_bytes()):
+      file = files[1]
     return {".model": SentencePieceTokenizer, ".json": HFTokenizer}[file.suffix](file.read_bytes())
   except ValueError as error:
     raise ValueError(f"cannot use {file}: {error}") from error
@@ -338,6 +340,10 @@ def _decode(ids, special_text, vocab_size, decode_run, skip_special):
   return "".join(parts)
 
 
+def _is_byte_level(file):
+  return '"ByteLevel"' in json.dumps(json.loads(file).get("decoder"))
+
+
 def _check_probe(tokenizer):
   back = tokenizer.decode(tokenizer.encode(_PROBE))
   if back != _PROBE:
@@ -347,7 +353,7 @@ def _check_probe(tokenizer):
     )
 
 
-def _qwen_tokenizer_json(folder):
+def qwen_tokenizer_json(folder):
   """Builds the bytes of a tokenizer.json from Qwen2's vocab.json, merges.txt and added tokens."""
   vocab = json.loads((folder / "vocab.json").read_text())
   lines = (folder / "merges.txt").read_text().split("\n")

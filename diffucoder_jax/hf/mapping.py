@@ -108,17 +108,29 @@ def their_axes(row, our_axes):
 
 
 def to_ours(row, tensor, config):
-  """One Hugging Face tensor as ours, e.g. [H * K, D] to [D, H, K]; numpy or JAX, any dtype."""
-  sizes, letters = _sizes(config), row.theirs.replace(" ", "")
-  tensor = tensor.reshape([sizes[letter] for letter in letters])
-  return tensor.transpose([letters.index(letter) for letter in row.ours])
+  """One Hugging Face tensor as ours, e.g. [H * K, D] to [D, H, K]; numpy or JAX, any dtype.
 
-
-def to_theirs(row, tensor, config):
-  """The inverse of `to_ours`, for one layer's tensor."""
+  Runs of whole heads, or of rows that hold no heads, are converted as a whole tensor is.
+  """
+  sizes = []
+  for group, size in zip(row.theirs.split(), tensor.shape, strict=True):
+    sizes += [size] if len(group) == 1 else [size // config.head_dim, config.head_dim]
   letters = row.theirs.replace(" ", "")
+  return tensor.reshape(sizes).transpose([letters.index(letter) for letter in row.ours])
+
+
+def to_theirs(row, tensor):
+  """The inverse of `to_ours`, for one layer's tensor or a part of it."""
+  groups, letters = row.theirs.split(), row.theirs.replace(" ", "")
   tensor = tensor.transpose([row.ours.index(letter) for letter in letters])
-  return tensor.reshape(their_shape(row, config))
+  sizes = dict(zip(letters, tensor.shape, strict=True))
+  return tensor.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
+
+
+def our_shape(row, config):
+  """The shape of this row's leaf in our tree."""
+  sizes = _sizes(config)
+  return (config.num_layers,) * row.stacked + tuple(sizes[letter] for letter in row.ours)
 
 
 def hf_shapes(config):
@@ -126,7 +138,7 @@ def hf_shapes(config):
   return {name: their_shape(row, config) for row in rows(config) for name in row.names(config)}
 
 
-# The keys of config.json that hold one of our fields as it is. The exporter writes all of them.
+# The keys of config.json that hold one of our fields as it is.
 CONFIG_KEYS = {
   "vocab_size": "vocab_size",
   "embed_dim": "hidden_size",
@@ -151,14 +163,61 @@ _DEFAULTS = {
 DREAM_IDS = {"mask_token_id": 151666, "pad_token_id": 151643}
 
 
-def _raw_id(hf_config, key):
+def config_to_hf(config, hf_config, ids):
+  """config.json for a `ModelConfig`: the inverse of `config_from_hf`.
+
+  Args:
+    config: `ModelConfig`. "full" attention becomes model_type Dream; "causal" becomes qwen2, or
+      llama without biases, which `transformers` runs by itself.
+    hf_config: config.json of the folder that these weights once came from, {} if none; what it says
+      beyond our fields is kept.
+    ids: {"mask_token_id": int or None, ...}, which win over `hf_config`.
+  Returns:
+    dict, without auto_map and torch_dtype.
+  Raises:
+    ValueError: a causal network whose heads those classes cannot express.
+  """
+  full, whole = config.attention == "full", config.num_heads * config.head_dim == config.embed_dim
+  model_type = "Dream" if full else "qwen2" if config.qkv_bias else "llama"
+  if model_type == "qwen2" and not whole:
+    raise ValueError(
+      f"a causal network with num_heads {config.num_heads} of head_dim {config.head_dim} at width "
+      f"{config.embed_dim} is no Qwen2 model: only num_heads * head_dim = embed_dim can be exported"
+    )
+  names = {"Dream": "DiffuCoderModel", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+  kept = {key: value for key, value in hf_config.items() if key not in _NOT_KEPT}
+  return {
+    "attention_dropout": 0.0, "max_window_layers": config.num_layers, "rope_scaling": None,
+    **kept,
+    **{key: getattr(config, field) for field, key in CONFIG_KEYS.items()},
+    "model_type": model_type,
+    "architectures": [names[model_type]],
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "attention_bias": config.qkv_bias,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "use_cache": not full,
+    **ids,
+  }  # fmt: skip
+
+
+# Keys of another config.json that say how it was stored and by whom.
+_NOT_KEPT = (
+  "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "rope_parameters",
+  "layer_types",
+)  # fmt: skip
+
+
+def raw_id(hf_config, key):
+  """What config.json says of a special token: int, list or None; Dream's class fills in two."""
   default = DREAM_IDS.get(key) if hf_config.get("model_type") == "Dream" else None
   return hf_config.get(key, default)
 
 
 def token_id(hf_config, key):
   """A special token id of config.json, the first of them if it is a list; -1 if there is none."""
-  value = _raw_id(hf_config, key)
+  value = raw_id(hf_config, key)
   if isinstance(value, list):
     value = value[0] if value else None
   return -1 if value is None else int(value)
@@ -172,6 +231,8 @@ def _refuse(hf_config):
       f"config.json has model_type {model_type!r}; only {sorted(MODEL_TYPES)} are supported"
     )
   has_bias = model_type != "llama"
+  if model_type == "Dream":  # Ours may say either; the published one has biases and no such key.
+    has_bias = bool(hf_config.get("attention_bias", True))
   rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
   must_be = {
     "hidden_act": ("silu", hf_config.get("hidden_act", "silu")),
@@ -224,14 +285,14 @@ def config_from_hf(hf_config):
     )
   return dict(
     kwargs,
-    qkv_bias=model_type != "llama",
+    qkv_bias=model_type != "llama" and bool(hf_config.get("attention_bias", True)),
     attention=MODEL_TYPES[model_type],
     frozen_input_id=_frozen_input_id(hf_config, kwargs["vocab_size"]),
   )
 
 
 def _frozen_input_id(hf_config, vocab_size):
-  pad_id = _raw_id(hf_config, "pad_token_id")
+  pad_id = raw_id(hf_config, "pad_token_id")
   if pad_id is None:
     return -1
   if not -vocab_size <= pad_id < vocab_size:

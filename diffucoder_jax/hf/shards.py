@@ -41,16 +41,16 @@ class Tensor:
   where: str
   stored_as: str = ""
 
-  @property
-  def nbytes(self):
-    """Bytes of the whole."""
-    return math.prod(self.shape) * self.dtype.itemsize
-
   def row_ranges(self):
     """(first, last) of the pieces to read it in, each of about `PIECE_BYTES`."""
     row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
     step = max(1, PIECE_BYTES // row_bytes)
     return [(a, min(a + step, self.shape[0])) for a in range(0, self.shape[0], step)]
+
+
+def num_bytes(shape, dtype):
+  """Bytes of an array."""
+  return math.prod(shape) * dtype.itemsize
 
 
 def all_finite(array):
@@ -186,7 +186,7 @@ def write_file(path, tensors, dtype, metadata, advance):
   kind = next(kind for kind, known in DTYPES.items() if known == dtype)
   header, offset = {"__metadata__": metadata}, 0
   for name, tensor in tensors.items():
-    end = offset + math.prod(tensor.shape) * dtype.itemsize
+    end = offset + num_bytes(tensor.shape, dtype)
     header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [offset, end]}
     offset = end
   text = json.dumps(header, separators=(",", ":")).encode()

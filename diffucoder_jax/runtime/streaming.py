@@ -84,12 +84,15 @@ class _Handler(ocp.type_handlers.TypeHandler):
     }  # fmt: skip
     store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
     total, written = 0, None
-    for starts, piece in array.pieces():
+    try:
+      for starts, piece in array.pieces():
+        if written is not None:
+          await written  # one piece is compressed while the next one is made
+        written = store[_region(starts, piece.shape)].write(piece)
+        total += fingerprint.of_piece(piece, starts, array.shape)
+    finally:  # also when a piece is refused: nothing may write behind the caller's back
       if written is not None:
-        await written  # one piece is compressed while the next one is made
-      written = store[_region(starts, piece.shape)].write(piece)
-      total += fingerprint.of_piece(piece, starts, array.shape)
-    await written
+        await written
     shape, dtype = list(array.shape), str(array.dtype)
     return {"shape": shape, "dtype": dtype, "fingerprint": total % (1 << 32)}
 

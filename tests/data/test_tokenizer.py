@@ -191,7 +191,7 @@ def test_folder_as_diffucoder_is_published(hf_json, tmp_path):
   assert load_tokenizer(tmp_path).special_ids == loaded.special_ids
 
 
-def test_load_errors(sentencepiece_tokenizer, hf_tokenizer, tmp_path):
+def test_load_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="nowhere"):
     load_tokenizer(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="holds no tokenizer.model"):
@@ -203,9 +203,19 @@ def test_load_errors(sentencepiece_tokenizer, hf_tokenizer, tmp_path):
   (tmp_path / "words.txt").write_text("a")
   with pytest.raises(ValueError, match=r"words.txt is not a tokenizer"):
     load_tokenizer(tmp_path / "words.txt")
+
+
+def test_a_folder_with_both_kinds(sentencepiece_tokenizer, hf_tokenizer, tmp_path):
   sentencepiece_tokenizer.save(tmp_path)
   hf_tokenizer.save(tmp_path)
-  with pytest.raises(ValueError, match="name the one to use"):
+  assert load_tokenizer(tmp_path).fingerprint() == hf_tokenizer.fingerprint()
+  # What our exports hold: the same tokenizer again, in a form that others read and we do not.
+  copy = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [], byte_fallback=True))
+  copy.decoder = tokenizers.decoders.ByteFallback()
+  (tmp_path / "tokenizer.json").write_text(copy.to_str())
+  assert load_tokenizer(tmp_path).fingerprint() == sentencepiece_tokenizer.fingerprint()
+  (tmp_path / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+  with pytest.raises(ValueError, match="cannot use .*tokenizer.json"):
     load_tokenizer(tmp_path)
 
 

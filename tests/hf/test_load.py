@@ -49,7 +49,7 @@ def check(params, state, config=CONFIG):
   for row in mapping.rows(config):
     leaf = np.asarray(mapping.get(params, row))
     for i, name in enumerate(row.names(config)):
-      theirs = mapping.to_theirs(row, leaf[i] if row.stacked else leaf, config)
+      theirs = mapping.to_theirs(row, leaf[i] if row.stacked else leaf)
       np.testing.assert_array_equal(theirs, state[name].astype(leaf.dtype), err_msg=name)
 
 

@@ -130,7 +130,7 @@ def test_gradients_of_every_tensor(case):
   for row in mapping.rows(ckpt.config):
     leaf = np.asarray(mapping.get(grads, row))
     for i, name in enumerate(row.names(ckpt.config)):
-      ours = mapping.to_theirs(row, leaf[i] if row.stacked else leaf, ckpt.config)
+      ours = mapping.to_theirs(row, leaf[i] if row.stacked else leaf)
       theirs = state[name].grad.numpy()
       atol = 1e-4 * np.abs(theirs).max()
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=name)

@@ -223,7 +223,7 @@ def test_the_7b_is_the_published_network():
   for row in rows:
     leaf = mapping.get(tree, row)
     one = jax.ShapeDtypeStruct(leaf.shape[1:] if row.stacked else leaf.shape, leaf.dtype)
-    theirs = jax.eval_shape(lambda x, row=row: mapping.to_theirs(row, x, config), one)
+    theirs = jax.eval_shape(lambda x, row=row: mapping.to_theirs(row, x), one)
     assert all(wanted[name] == theirs.shape for name in row.names(config))
     assert leaf.shape == ((28,) if row.stacked else ()) + one.shape
 

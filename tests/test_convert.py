@@ -1,0 +1,358 @@
+"""Conversions: bit for bit there and back, from any mesh, refused by name, never half there."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from diffucoder_jax import convert as program
+from diffucoder_jax import pretrained
+from diffucoder_jax.hf import load, mapping, shards, weights
+from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.runtime import checkpoint, sharding
+from tests import test_processes as cluster
+from tests import tiny
+from tests.hf import folders
+
+BF16 = ml_dtypes.bfloat16
+CONFIG = folders.CONFIG
+
+
+def there_and_back(tmp_path, source, **options):
+  program.convert(source, tmp_path / "orbax")
+  program.convert(tmp_path / "orbax", tmp_path / "hf", **options)
+  return tmp_path / "hf"
+
+
+def check_same(folder, wanted):
+  """The safetensors library reads exactly these tensors, bit for bit."""
+  found = {}
+  for file in sorted(folder.glob("*.safetensors")):
+    with safe_open(file, "np") as opened:
+      assert opened.metadata() == {"format": "pt"}
+    found |= load_file(file)
+  assert found.keys() == wanted.keys()
+  for name, tensor in wanted.items():
+    assert found[name].dtype == tensor.dtype, name
+    assert found[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("kind", ["Dream", "qwen2", "qwen2-tied", "llama"])
+def test_there_and_back_is_bitwise(tmp_path, kind, dtype, num_shards):
+  state = folders.make(tmp_path / "source", kind, dtype, num_shards)
+  hf = there_and_back(tmp_path, tmp_path / "source", shard_size="4KB" if num_shards > 1 else "5GB")
+  check_same(hf, state)
+  assert (hf / shards.INDEX).exists() == (num_shards > 1)
+  before, after = load.read_config(tmp_path / "source"), load.read_config(hf)
+  assert mapping.config_from_hf(before) == mapping.config_from_hf(after)
+  assert after["torch_dtype"] == np.dtype(dtype).name
+  program.verify(hf)
+
+
+def test_the_checkpoint_is_one_to_use(tmp_path):
+  state = folders.make(tmp_path / "source", "Dream", np.float32)
+  program.convert(tmp_path / "source", tmp_path / "orbax")
+  one, two = (pretrained.from_pretrained(tmp_path / name) for name in ("source", "orbax"))
+  assert one.config == two.config
+  assert (
+    (one.mask_id, one.eos_id, one.pad_id) == (two.mask_id, two.eos_id, two.pad_id) == (30, 28, 29)
+  )
+  assert len(state) == len(mapping.hf_shapes(one.config))
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_array_equal(pretrained.logits(one, tokens), pretrained.logits(two, tokens))
+
+
+def test_a_checkpoint_of_a_mesh_is_exported(tmp_path):
+  """Written by eight devices on (2, 2, 2), with an optimiser's state beside the parameters."""
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  with jax.set_mesh(mesh):
+    abstract = load.abstract_params(CONFIG, mesh)
+    params = jax.tree.map(
+      lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape), x.sharding),
+      abstract,
+    )
+    settings = ConfigDict(dict(every=1, keep=1, keep_every=0))
+    config = {"model": dataclasses.asdict(CONFIG), "seed": 3}
+    with checkpoint.open_manager(tmp_path / "run", settings) as manager:
+      state = {"params": params, "opt_state": {"mu": params}, "step": jnp.int32(5)}
+      checkpoint.save(manager, 5, state, {}, config)
+  program.convert(tmp_path / "run", tmp_path / "hf", shard_size="6KB")
+  wanted = {}
+  for row in mapping.rows(CONFIG):
+    leaf = np.asarray(mapping.get(params, row))
+    for i, name in enumerate(row.names(CONFIG)):
+      wanted[name] = np.ascontiguousarray(mapping.to_theirs(row, leaf[i] if row.stacked else leaf))
+  check_same(tmp_path / "hf", wanted)
+  manifest = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+  assert manifest["step"] == 5 and manifest["config"]["seed"] == 3
+  for name, entry in manifest["tensors"].items():
+    assert entry["sha256"] == hashlib.sha256(wanted[name].tobytes()).hexdigest()
+
+
+def test_dtypes(tmp_path):
+  state = folders.make(tmp_path / "source", "Dream", np.float32)
+  program.convert(tmp_path / "source", tmp_path / "bf16", dtype="bfloat16")
+  program.convert(tmp_path / "bf16", tmp_path / "hf", dtype="float32")
+  check_same(tmp_path / "hf", {k: v.astype(BF16).astype(np.float32) for k, v in state.items()})
+  program.convert(tmp_path / "source", tmp_path / "direct", to="hf", dtype="bfloat16")
+  check_same(tmp_path / "direct", {k: v.astype(BF16) for k, v in state.items()})
+  mixed = folders.make(tmp_path / "mixed", "Dream", np.float32)
+  mixed["model.norm.weight"] = mixed["model.norm.weight"].astype(BF16)
+  save_file(mixed, tmp_path / "mixed" / shards.SINGLE)
+  with pytest.raises(ValueError, match="model.norm.weight .* is bfloat16, but .* float32.*--dtype"):
+    program.convert(tmp_path / "mixed", tmp_path / "no")
+  program.convert(tmp_path / "mixed", tmp_path / "yes", dtype="float32")
+  half = folders.make(tmp_path / "half", "Dream", np.float16)
+  with pytest.raises(ValueError, match="the weights are float16; say --dtype"):
+    program.convert(tmp_path / "half", tmp_path / "no")
+  program.convert(tmp_path / "half", tmp_path / "whole", to="hf", dtype="float32")
+  check_same(tmp_path / "whole", {k: v.astype(np.float32) for k, v in half.items()})
+
+
+def break_nan(folder, state):
+  state["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
+  save_file(state, folder / shards.SINGLE)
+
+
+def break_missing(folder, state):
+  del state["model.layers.1.mlp.down_proj.weight"]
+  save_file(state, folder / shards.SINGLE)
+
+
+def break_extra(folder, state):
+  save_file(state | {"model.layers.9.mlp.down_proj.weight": np.ones(3)}, folder / shards.SINGLE)
+
+
+def break_shape(folder, state):
+  name = "model.layers.0.self_attn.q_proj.weight"
+  save_file(state | {name: state[name].T.copy()[:8]}, folder / shards.SINGLE)
+
+
+def break_dtype(folder, state):
+  name = "model.layers.0.self_attn.q_proj.weight"
+  save_file(state | {name: state[name].astype(np.int8)}, folder / shards.SINGLE)
+
+
+def break_overflow(folder, state):
+  state["model.norm.weight"][0] = 3.4e38  # finite, and infinite as bfloat16
+  save_file(state, folder / shards.SINGLE)
+
+
+def break_length(folder, state):
+  data = (folder / shards.SINGLE).read_bytes()
+  (folder / shards.SINGLE).write_bytes(data[:-8])
+
+
+def break_index(folder, state):
+  where = {name: "model-00002-of-00002.safetensors" for name in state}
+  (folder / shards.INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def edit_config(**changes):
+  def change(folder, state):
+    config = load.read_config(folder)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+  return change
+
+
+@pytest.mark.parametrize("way", ["orbax", "hf"])
+@pytest.mark.parametrize(
+  "spoil, message",
+  [
+    (break_nan, "layers.1.mlp.down_proj.weight in model.safetensors has NaN or infinite"),
+    (
+      break_overflow,
+      "model.norm.weight in model.safetensors has NaN or infinite values .as bfloat16",
+    ),
+    (break_missing, "layers.1.mlp.down_proj.weight is missing .* check num_hidden_layers"),
+    (break_extra, "layers.9.mlp.down_proj.weight is in the safetensors files, but not part"),
+    (break_shape, "layers.0.self_attn.q_proj.weight .* has shape .* config.json asks for"),
+    (break_dtype, "layers.0.self_attn.q_proj.weight .* stored as I8; only F32, F16, BF16"),
+    (break_length, "not a whole safetensors file .* fetch it again"),
+    (break_index, "names model-00002-of-00002.safetensors, which is not there; fetch that shard"),
+    (edit_config(model_type="gpt2"), "model_type 'gpt2'; only .* are supported"),
+    (edit_config(num_hidden_layers=3), "layers.2.* and 9 more are missing"),
+    (edit_config(hidden_act="gelu"), "hidden_act = 'gelu'"),
+  ],
+)
+def test_refused_by_name(tmp_path, way, spoil, message):
+  state = folders.make(tmp_path / "source", "Dream", np.float32)
+  spoil(tmp_path / "source", state)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    program.convert(tmp_path / "source", tmp_path / "target", to=way, dtype="bfloat16")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_tokenizer_and_config_must_agree(tmp_path):
+  home = tiny.make_home(tmp_path)
+  folders.make(tmp_path / "source", "Dream", np.float32, vocab_size=512)
+  tokenizer = pretrained.load_tokenizer(home.tokenizer)
+  tokenizer.save(tmp_path / "source")
+  with pytest.raises(ValueError, match=f"mask_token_id .* is 30, .* {tokenizer.mask_id}"):
+    program.convert(tmp_path / "source", tmp_path / "orbax")
+  edit_config(mask_token_id=tokenizer.mask_id, eos_token_id=2, pad_token_id=0)(
+    tmp_path / "source", 0
+  )
+  hf = there_and_back(tmp_path, tmp_path / "source")
+  ckpt = pretrained.from_pretrained(hf)
+  text = "def f(x):\n\treturn '\u2581'\r\n"
+  assert ckpt.tokenizer.encode(text) == tokenizer.encode(text)
+  assert ckpt.mask_id == tokenizer.mask_id
+  edit_config(vocab_size=300)(tmp_path / "source", 0)
+  with pytest.raises(ValueError, match="vocab_size"):
+    program.convert(tmp_path / "source", tmp_path / "again")
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+  state = folders.make(tmp_path / "source", "Dream", np.float32)
+  program.convert(tmp_path / "source", tmp_path / "orbax")
+  files = [p for p in (tmp_path / "orbax/checkpoints/0/state").rglob("*") if p.parent.name == "d"]
+  refused = 0
+  for i, file in enumerate(sorted(files, key=lambda path: -path.stat().st_size)[:6]):
+    data = file.read_bytes()
+    file.write_bytes(
+      data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    )
+    try:
+      program.convert(tmp_path / "orbax", tmp_path / f"hf{i}")
+    except ValueError:  # damaged, or values that no training leaves
+      refused += 1
+      assert not (tmp_path / f"hf{i}").exists()
+    else:  # the bit was in a part that nothing reads any more
+      check_same(tmp_path / f"hf{i}", state)
+    file.write_bytes(data)
+  assert refused > 0
+
+
+def test_targets_are_not_overwritten_unasked(tmp_path):
+  folders.make(tmp_path / "source", "Dream", np.float32)
+  (tmp_path / "target").mkdir()
+  (tmp_path / "target" / "thesis.tex").write_text("years of work")
+  with pytest.raises(FileExistsError, match="exists; name another --target, or .* --overwrite"):
+    program.convert(tmp_path / "source", tmp_path / "target")
+  assert (tmp_path / "target" / "thesis.tex").exists()
+  program.convert(tmp_path / "source", tmp_path / "target", overwrite=True)
+  assert [p.name for p in (tmp_path / "target").iterdir()] != ["thesis.tex"]
+  pretrained.from_pretrained(tmp_path / "target")
+
+
+def test_verify_names_what_changed(tmp_path):
+  folders.make(tmp_path / "source", "Dream", np.float32)
+  program.convert(tmp_path / "source", tmp_path / "hf", to="hf")
+  file = tmp_path / "hf" / shards.SINGLE
+  data = bytearray(file.read_bytes())
+  data[-1] ^= 1
+  file.write_bytes(data)
+  edit_config(rope_theta=1.0)(tmp_path / "hf", None)
+  with pytest.raises(ValueError, match="lm_head.weight in .* was changed; config.json was changed"):
+    program.verify(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("init", ["mean", "normal", "keep"])
+def test_new_rows(tmp_path, init, tied):
+  state = folders.make(tmp_path, "qwen2-tied" if tied else "qwen2", np.float32)
+  config = ModelConfig(**mapping.config_from_hf(load.read_config(tmp_path)))
+  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    patch.setattr(shards, "PIECE_BYTES", 512)  # several pieces, one of them cut by the new ids
+    opened = weights.from_folder(tmp_path, config, stack)
+    new = weights.with_new_rows(opened, [25, 26, 27], init)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+      assert (name in new.tensors) == (name in state)
+      if name in state:
+        pieces = [new.tensors[name].read(*part) for part in new.tensors[name].row_ranges()]
+        assert len(pieces) > 2
+        found, old = np.concatenate(pieces), state[name]
+        others = np.r_[0:25, 28:32]
+        np.testing.assert_array_equal(found[others], old[others])
+        mean, std = old[:25].mean(0), old[:25].std(0)
+        if init == "keep":
+          np.testing.assert_array_equal(found, old)
+        elif init == "mean":
+          np.testing.assert_allclose(found[25:28], np.tile(mean, (3, 1)), atol=1e-6)
+        else:
+          z = (found[25:28] - mean) / std
+          assert 0.5 < z.std() < 1.5 and abs(z.mean()) < 0.5
+          assert not np.array_equal(found[25], found[26])
+
+
+# --- Real processes, killed.
+
+
+def start(source, target, *flags):
+  command = [sys.executable, "-m", "diffucoder_jax.convert", "--source", source, "--target", target]
+  return subprocess.Popen(
+    [str(part) for part in (*command, *flags)], stderr=subprocess.PIPE, text=True, cwd=tiny.ROOT
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_killed_ten_times(tmp_path, to):
+  config = folders.make_large(tmp_path / "source", megabytes=300)
+  source = tmp_path / "source"
+  if to == "hf":
+    program.convert(source, tmp_path / "checkpoint")
+    source = tmp_path / "checkpoint"
+  flags = ["--shard-size", "40MB"] if to == "hf" else []
+  began = time.monotonic()
+  assert start(source, tmp_path / "whole", *flags).wait() == 0
+  seconds = time.monotonic() - began
+  chance, seen = random.Random(0), set()
+  for _ in range(10):
+    process = start(source, tmp_path / "target", *flags)
+    time.sleep(chance.uniform(0.3, 0.9) * seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    seen.add((tmp_path / "target.partial").exists())
+    if process.returncode != 0:
+      assert not (tmp_path / "target").exists()
+    for name in ("target", "target.partial"):
+      if (tmp_path / name).exists() and process.returncode != 0:
+        with pytest.raises((ValueError, FileNotFoundError)):
+          pretrained.from_pretrained(tmp_path / name)
+    if (tmp_path / "target").exists():  # it was faster than the kill
+      break
+  assert True in seen  # at least one kill came in the middle
+  done = start(source, tmp_path / "target", *flags, "--overwrite")
+  assert done.wait() == 0, done.stderr.read()
+  assert not (tmp_path / "target.partial").exists()
+  one, two = (pretrained.from_pretrained(tmp_path / name) for name in ("source", "target"))
+  assert one.config.embed_dim == two.config.embed_dim == config.embed_dim
+  jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_exported(tmp_path_factory, tmp_path):
+  home = tiny.make_home(tmp_path_factory.getbasetemp())
+  settings = cluster.changes((2, 2, 2), **{"optim.steps": 4})
+  ended = cluster.wait_for_both(cluster.start_two(home, tmp_path / "run", tmp_path, settings))
+  assert [code for code, _ in ended] == [0, 0], ended[0][1][-3000:]
+  program.convert(tmp_path / "run", tmp_path / "hf", shard_size="100KB")
+  program.convert(tmp_path / "hf", tmp_path / "again")
+  ours = pretrained.from_pretrained(tmp_path / "run")
+  exported = pretrained.from_pretrained(tmp_path / "hf")
+  back = pretrained.from_pretrained(tmp_path / "again")
+  jax.tree.map(np.testing.assert_array_equal, ours.params, exported.params)
+  jax.tree.map(np.testing.assert_array_equal, ours.params, back.params)
+  tokens = np.arange(40).reshape(2, 20)
+  np.testing.assert_array_equal(
+    pretrained.logits(ours, tokens), pretrained.logits(exported, tokens)
+  )
