@@ -33,3 +33,23 @@ def quick_compile():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+# What tests of the programs share. `tests.tiny` is imported late: it imports every program.
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+  """`tiny.Home`: the corpus and the tokenizer that the programs read."""
+  from tests import tiny
+
+  return tiny.make_home(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+  """For tests that run whole programs in this process; see `tiny.quick_compilation`."""
+  from tests import tiny
+
+  with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
+    yield

@@ -14,16 +14,11 @@ from diffucoder_jax.completion import SamplerConfig, generate, infill_prompt
 from diffucoder_jax.diffusion import sampler
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("programs")
 GREEDY = SamplerConfig(max_new_tokens=12, temperature=0.0, top_p=1.0)
 DRAWN = SamplerConfig(max_new_tokens=12, temperature=0.8, top_p=0.95)
 PROMPTS = ("def f1003(x):\n", "def", "(x):\n  return x", "x", "\n")
 TEMPLATE = "def f1003(x):\n<|fill:6|>x + <|fill:3|>\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from flax import linen as nn
 from diffucoder_jax.diffusion import loss, process
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.config import ModelConfig
-from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix
+from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix, unembed
 from diffucoder_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -135,6 +135,39 @@ def test_the_full_size_step_is_partitioned_without_rematerialisation(capfd):
   assert "nvoluntary full rematerialization" not in capfd.readouterr().err
 
 
+def test_parameters_and_batches_are_cut_over_the_whole_mesh():
+  """A rule that goes missing changes no number, only the memory: each device holds 1 / parts."""
+  parts = {"embed": 4, "head": 4, "kernel": 4, "o": 4, "gate": 4, "up": 4, "down": 4, "bias": 2}
+  mesh = mesh_of((2, 2, 2))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(fresh_params(CONFIG, mesh)):
+    shard = leaf.addressable_shards[0].data
+    assert leaf.size == parts.get(path[-1].key, 1) * shard.size, jax.tree_util.keystr(path)
+  for leaf in sharding.put_batch(batch(), mesh).values():
+    assert {shard.data.shape for shard in leaf.addressable_shards} == {(4, *leaf.shape[1:])}
+
+
+def test_activations_are_cut_over_the_whole_mesh():
+  """Over (data, fsdp) by rows; what has heads or a vocabulary also over `tensor`."""
+  mesh, parts = mesh_of((2, 2, 2)), {}
+  model, params = Transformer(CONFIG), fresh_params(CONFIG, mesh)
+
+  def forward(params, b):
+    features, kept = model.apply(
+      {"params": params}, b["tokens"], b["segment_ids"], capture_intermediates=True,
+      mutable=["intermediates"],
+    )  # fmt: skip
+    return {"logits": unembed(params, features), **kept["intermediates"]}
+
+  with jax.set_mesh(mesh):
+    made = jax.jit(forward)(params, sharding.put_batch(batch(), mesh))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(made):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    parts[name] = leaf.size // leaf.addressable_shards[0].data.size
+  over_tensor = {"logits", *(f"layers/attn/{name}/__call__/0" for name in "qkv")}
+  assert over_tensor < parts.keys()
+  assert parts == {name: 8 if name in over_tensor else 4 for name in parts}
+
+
 @pytest.mark.parametrize(
   "change, mesh, name",
   [
@@ -149,6 +182,10 @@ def test_indivisible_sizes_are_refused_by_name(change, mesh, name):
   boxed = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
   with pytest.raises(ValueError, match=f"parameter .*{name}.* cannot divide"):
     sharding.shardings(boxed, mesh)
+
+
+def test_one_size_may_be_left_open():
+  assert dict(sharding.make_mesh(dict(data=2, fsdp=-1, tensor=2)).shape)["fsdp"] == 2
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
@@ -166,3 +203,8 @@ def test_unknown_logical_axes_are_refused():
   mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="'expert' has no rule"):
     jax.jit(lambda x: sharding.constrain(x, "expert"))(jnp.zeros(8))
+
+
+def test_axes_of_another_rank_are_refused():
+  with jax.set_mesh(mesh_of((8, 1, 1))), pytest.raises(ValueError, match=r"shape \(8, 2\)"):
+    jax.jit(lambda x: sharding.constrain(x, "batch"))(jnp.zeros((8, 2)))

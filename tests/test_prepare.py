@@ -2,16 +2,10 @@
 
 import pathlib
 
-import pytest
 
 from diffucoder_jax.data import sources
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.getbasetemp())
 
 
 def test_tokenizer(home, tmp_path, capsys):

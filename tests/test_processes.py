@@ -9,11 +9,6 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.getbasetemp())
-
-
 def changes(mesh, **more):
   sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
   return {**sizes, "objective.anneal_steps": 6, **more}

@@ -16,20 +16,10 @@ from diffucoder_jax.runtime import metrics
 from tests import tiny
 
 pytestmark = [
+  pytest.mark.usefixtures("programs"),
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
-    yield
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,7 @@ from diffucoder_jax.model.transformer import Transformer, unembed
 from diffucoder_jax.runtime import metrics, optim
 from tests import tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
-    yield
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  return tiny.make_home(tmp_path_factory.getbasetemp())
+pytestmark = pytest.mark.usefixtures("programs")
 
 
 @pytest.fixture(scope="module")

@@ -198,6 +198,9 @@ def config_to_hf(config, hf_config, ids):
     "use_sliding_window": False,
     "sliding_window": None,
     "use_cache": not full,
+    # The oldest that this is written for. Without a version transformers 4.57 takes every tokenizer
+    # of over 100k tokens for an old Mistral's, and warns about it.
+    "transformers_version": "4.46.2",
     **ids,
   }  # fmt: skip
 

@@ -39,13 +39,11 @@ class DiffuCoderConfig(PretrainedConfig):
 
   def __init__(self, **kwargs):
     # transformers 5 writes theta into `rope_parameters`. It would rewrite these two if they stayed.
-    rope = {
-      **(kwargs.pop("rope_scaling", None) or {}),
-      **(kwargs.pop("rope_parameters", None) or {}),
-    }
+    rope = [kwargs.pop(key, None) or {} for key in ("rope_scaling", "rope_parameters")]
+    rope = rope[0] | rope[1]
     values = {key: kwargs.pop(key, default) for key, default in CONFIG.items()}
-    values["head_dim"] = (
-      values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+    values["head_dim"] = values["head_dim"] or (
+      values["hidden_size"] // values["num_attention_heads"]
     )
     values["rope_theta"] = float(rope.get("rope_theta", values["rope_theta"]))
     must_be = {
@@ -172,8 +170,10 @@ class DiffuCoderBackbone(nn.Module):
     self.norm = DiffuCoderRMSNorm(config.hidden_size, config.rms_norm_eps)
     self.gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it, and the function
 
-  def forward(self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None):
-    """As `DiffuCoderModel.forward`; returns (state x_BLD after the final norm, hidden states)."""
+  def forward(
+    self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None, keep=False
+  ):  # fmt: skip
+    """As `DiffuCoderModel.forward`; returns (x_BLD after the final norm, states if to `keep`)."""
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError("give either input_ids or inputs_embeds")
     x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -184,31 +184,31 @@ class DiffuCoderBackbone(nn.Module):
       position_ids = torch.arange(L, device=x_BLD.device)[None]
     cos_B1Lk, sin_B1Lk = rotary(position_ids, self.config, x_BLD.dtype)
     seen_B1LM = visible(attention_mask, B, L)
-    hidden_states = [x_BLD]
+    kept = [x_BLD]
     for layer in self.layers:
       if self.gradient_checkpointing and self.training:
         run = self._gradient_checkpointing_func
         x_BLD = run(layer.__call__, x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM)
       else:
         x_BLD = layer(x_BLD, cos_B1Lk, sin_B1Lk, seen_B1LM)
-      hidden_states.append(x_BLD)
+      if keep:
+        kept.append(x_BLD)
     x_BLD = self.norm(x_BLD)
-    return x_BLD, (*hidden_states[:-1], x_BLD)
+    return x_BLD, (*kept[:-1], x_BLD) if keep else None
 
 
 def visible(attention_mask, B, L):
   """Which keys a query sees: bool that broadcasts to [B, H, L, M], or None where all are seen."""
   if attention_mask is None or isinstance(attention_mask, str) and attention_mask == "full":
     return None
-  shape = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else ()
-  if shape == (B, L):
+  shape = list(attention_mask.shape) if torch.is_tensor(attention_mask) else attention_mask
+  if shape == [B, L]:
     seen_B1LM = (attention_mask != 0)[:, None, None, :]
   elif len(shape) == 4 and shape[-1] == L and not attention_mask.is_floating_point():
     seen_B1LM = attention_mask != 0
   else:
-    found = attention_mask if isinstance(attention_mask, str) else f"{type(attention_mask)} {shape}"
     raise ValueError(
-      f"attention_mask is {found}; give None, 'full', [B, L] = {[B, L]}, or a bool [B, 1, L, L]"
+      f"attention_mask is {shape}; give None, 'full', {[B, L]}, or a bool {[B, 1, L, L]}"
     )
   # A query that may see nothing sees everything: its numbers mean nothing, but they are finite.
   return seen_B1LM | ~seen_B1LM.any(-1, keepdim=True)
@@ -242,10 +242,14 @@ class DiffuCoderModel(PreTrainedModel):
     # Through nn.init, where transformers 5 skips what a checkpoint has already filled.
     if isinstance(module, DiffuCoderRMSNorm):
       nn.init.ones_(module.weight)
-    elif isinstance(module, (nn.Linear, nn.Embedding)):
+    elif isinstance(module, nn.Linear):
       nn.init.normal_(module.weight, std=self.config.initializer_range)
-      if getattr(module, "bias", None) is not None:
+      if module.bias is not None:
         nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+      nn.init.normal_(module.weight, std=self.config.initializer_range)
+      if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+        nn.init.zeros_(module.weight[module.padding_idx])
 
   def get_input_embeddings(self):
     return self.model.embed_tokens
@@ -288,10 +292,9 @@ class DiffuCoderModel(PreTrainedModel):
       torch.cat([logits[:, :1], logits[:, :-1]], 1). Those of padding are finite and meaningless.
     """
     c = self.config
-    x_BLD, hidden_states = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
-    wanted = c.output_hidden_states if output_hidden_states is None else output_hidden_states
-    hidden_states = hidden_states if wanted else None
-    output = MaskedLMOutput(logits=self.unembed(x_BLD), hidden_states=hidden_states)
+    keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+    x_BLD, kept = self.model(input_ids, attention_mask, position_ids, inputs_embeds, keep)
+    output = MaskedLMOutput(logits=self.unembed(x_BLD), hidden_states=kept)
     as_dict = getattr(c, "return_dict", True) if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()
 
@@ -320,25 +323,18 @@ class DiffuCoderModel(PreTrainedModel):
     Raises:
       TypeError, ValueError: name the argument.
     """
-    c = settings(generation_config, kwargs)
-    mask_id = first_id(
-      c.mask_token_id if c.mask_token_id is not None else self.config.mask_token_id
-    )
-    if mask_id is None:
-      raise ValueError("there is no mask token: pass mask_token_id, or set it in config.json")
-    x_BL, valid_BL = self._canvas(inputs, attention_mask, c, mask_id)
+    c = settings(self.config, generation_config, kwargs)
+    x_BL, valid_BL = self._canvas(inputs, attention_mask, c)
     attention_mask = None if valid_BL.all() else valid_BL
     change_tokens, change_logits = generation_tokens_hook_func, generation_logits_hook_func
     t = torch.linspace(1.0, c.eps, c.steps + 1)
-    shares = [
-      *(1.0 - t[1:-1] / t[:-2]).tolist(),
-      1.0,
-    ]  # of the remaining masks, to commit in a step
+    # Share of the remaining masks that each step commits.
+    shares = [*(1.0 - t[1:-1] / t[:-2]).tolist(), 1.0]
     history = []
     if change_tokens is not None:
       x_BL = change_tokens(None, x_BL, None)
     for step, share in enumerate(shares):
-      masked_BL = (x_BL == mask_id) & valid_BL
+      masked_BL = (x_BL == c.mask_token_id) & valid_BL
       if c.alg == "origin":  # each position on its own, so the number committed varies
         masked_BL &= torch.rand(x_BL.shape, device=x_BL.device) < share
         count_B = masked_BL.sum(1)
@@ -353,9 +349,9 @@ class DiffuCoderModel(PreTrainedModel):
       if masked_BL.any():
         if logits_BLV is None:  # the output matrix is for the masked positions only
           x_BLD = align_with_targets(self.model(x_BL, attention_mask)[0], valid_BL)
-          proposed = propose(x_BLD[masked_BL.to(x_BLD.device)], self.unembed, c, mask_id)
+          proposed = propose(x_BLD[masked_BL.to(x_BLD.device)], self.unembed, c)
         else:
-          proposed = propose(logits_BLV[masked_BL.to(logits_BLV.device)], None, c, mask_id)
+          proposed = propose(logits_BLV[masked_BL.to(logits_BLV.device)], None, c)
         x_BL = commit(x_BL, masked_BL, count_B, *(x_P.to(x_BL.device) for x_P in proposed))
       if change_tokens is not None:
         x_BL = change_tokens(step, x_BL, logits_BLV)
@@ -365,34 +361,28 @@ class DiffuCoderModel(PreTrainedModel):
       return x_BL
     return DiffuCoderOutput(sequences=x_BL, history=tuple(history) if c.output_history else None)
 
-  def _canvas(self, inputs, attention_mask, c, mask_id):
+  def _canvas(self, inputs, attention_mask, c):
     """Prompts with masks appended, and which positions are no padding: int64 and bool [B, L]."""
     if not torch.is_tensor(inputs) or inputs.dim() != 2:
       raise ValueError("inputs must be token ids [B, L]; give one prompt as [1, L]")
-    if attention_mask is None or isinstance(attention_mask, str) and attention_mask == "full":
-      attention_mask = torch.ones_like(inputs)
-    if attention_mask.shape != inputs.shape:
+    valid_BL = torch.ones_like(inputs) if attention_mask is None else attention_mask != 0
+    if valid_BL.shape != inputs.shape:
+      raise ValueError(f"attention_mask is {[*valid_BL.shape]}, but inputs are {[*inputs.shape]}")
+    length, new = inputs.shape[1], c.max_new_tokens
+    if new is None:
+      new = DEFAULT_NEW_TOKENS if c.max_length is None else c.max_length - length
+    if new < 0 or (new == 0 and not (inputs == c.mask_token_id).any()):
       raise ValueError(
-        f"attention_mask is {list(attention_mask.shape)}; it must be {list(inputs.shape)}, as inputs"
-      )
-    length = inputs.shape[1]
-    new = c.max_length - length if c.max_new_tokens is None else c.max_new_tokens
-    if (
-      c.max_new_tokens is None and not c.max_length_given and c.max_length == DEFAULTS["max_length"]
-    ):
-      new = c.max_length  # the default counts new tokens
-    if new < 0 or (new == 0 and not (inputs == mask_id).any()):
-      raise ValueError(
-        f"there is nothing to write after {length} tokens with max_length {c.max_length} and "
-        f"max_new_tokens {c.max_new_tokens}; ask for more, or put masks into inputs"
+        f"there is nothing to write: {length} tokens, max_length {c.max_length}, max_new_tokens "
+        f"{c.max_new_tokens}; raise one of these, or put masks into inputs"
       )
     if length + new > self.config.max_position_embeddings:
       raise ValueError(
         f"{length} tokens and {new} new ones are more than the model's context, "
         f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
       )
-    x_BL = F.pad(inputs.long(), (0, new), value=mask_id)
-    valid_BL = F.pad((attention_mask != 0).long(), (0, new), value=1).bool().to(x_BL.device)
+    x_BL = F.pad(inputs.long(), (0, new), value=c.mask_token_id)
+    valid_BL = F.pad(valid_BL.long(), (0, new), value=1).bool().to(x_BL.device)
     return tuple(x.repeat_interleave(c.num_return_sequences, 0) for x in (x_BL, valid_BL))
 
 
@@ -402,22 +392,25 @@ class DiffuCoderModel(PreTrainedModel):
 # model config, which under transformers 4.46-4.57 means temperature 1 and a hidden top_k of 50.
 # Pass top_k=50 to get what published samples of DiffuCoder were made with.)
 DEFAULTS = dict(
-  max_length=20,  # of prompt and answer when it is passed; of the answer when it is not
-  max_new_tokens=None, steps=512, eps=1e-3, alg="origin", alg_temp=None, temperature=0.0, top_p=None,
-  top_k=None, num_return_sequences=1, output_history=False, return_dict_in_generate=False,
-  mask_token_id=None, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+  max_length=None, max_new_tokens=None, steps=512, eps=1e-3, alg="origin", alg_temp=None,
+  temperature=0.0, top_p=None, top_k=None, num_return_sequences=1, output_history=False,
+  return_dict_in_generate=False, mask_token_id=None, pad_token_id=None, bos_token_id=None,
+  eos_token_id=None,
 )  # fmt: skip
+DEFAULT_NEW_TOKENS = 20  # when neither length is given
 
 
-def settings(generation_config, kwargs):
+def settings(config, generation_config, kwargs):
   """The arguments of `diffusion_generate`, checked: kwargs, then the config's, then `DEFAULTS`."""
   unknown = sorted(set(kwargs) - set(DEFAULTS))
   if unknown:
     raise TypeError(f"diffusion_generate got unknown arguments {unknown}; it has {list(DEFAULTS)}")
+  defaults = DEFAULTS | {"mask_token_id": first_id(config.mask_token_id)}
   found = {name: getattr(generation_config, name, None) for name in DEFAULTS} | kwargs
-  found = {name: DEFAULTS[name] if value is None else value for name, value in found.items()}
-  c = types.SimpleNamespace(**found, max_length_given=kwargs.get("max_length") is not None)
+  found = {name: defaults[name] if value is None else value for name, value in found.items()}
+  c = types.SimpleNamespace(**found)
   checks = {
+    "mask_token_id": (c.mask_token_id is not None, "pass it, or set it in config.json"),
     "alg": (c.alg in CONFIDENCE, f"choose one of {list(CONFIDENCE)}"),
     "steps": (c.steps >= 1, "use 1 or more"),
     "eps": (0 < c.eps < 1, "use a number in (0, 1)"),
@@ -443,7 +436,7 @@ def align_with_targets(x_BLX, valid_BL):
   return torch.where(first_BL[:, :, None], x_BLX, shift(x_BLX))
 
 
-def propose(features_PX, unembed, c, mask_id, chunk=256):
+def propose(features_PX, unembed, c, chunk=256):
   """What to write at each masked position, int64 [P], and how sure that is, float32 [P].
 
   `unembed` makes logits of the features, a chunk of positions at a time to bound the memory; None:
@@ -460,9 +453,9 @@ def propose(features_PX, unembed, c, mask_id, chunk=256):
     if c.alg_temp:  # the largest are then draws without replacement from softmax(confidence / it)
       gumbel_P = -torch.empty_like(confidence_P).exponential_().log()
       confidence_P = confidence_P / c.alg_temp + gumbel_P
-    is_mask_V = torch.arange(logits_PV.shape[-1], device=logits_PV.device) == mask_id
+    is_mask_V = torch.arange(logits_PV.shape[-1], device=logits_PV.device) == c.mask_token_id
     other_P = logits_PV.masked_fill(is_mask_V, -torch.inf).argmax(-1)
-    proposals.append((torch.where(drawn_P == mask_id, other_P, drawn_P), confidence_P))
+    proposals.append((torch.where(drawn_P == c.mask_token_id, other_P, drawn_P), confidence_P))
   return tuple(torch.cat(parts) for parts in zip(*proposals, strict=True))
 
 
@@ -492,28 +485,13 @@ def filter_logits(logits_PV, temperature, top_p, top_k):
   return logits_PV
 
 
-def probability(probs_PV, drawn_P):
-  """Probability of what was drawn."""
-  return probs_PV.gather(-1, drawn_P[:, None])[:, 0]
-
-
-def margin(probs_PV, drawn_P):
-  """Lead of the best token over the next, whatever was drawn."""
-  top_P2 = probs_PV.topk(2).values
-  return top_P2[:, 0] - top_P2[:, 1]
-
-
-def negative_entropy(probs_PV, drawn_P):
-  """Of the filtered, tempered distribution, in nats."""
-  return (probs_PV * (probs_PV + 1e-10).log()).sum(-1)
-
-
-# Higher commits first. "origin" commits all that its coin picked.
+# How sure a position is: (probs_PV, drawn_P) -> float32 [P]; higher commits first. Probabilities are
+# the filtered, tempered ones. "origin" commits all that its coin picked, in whatever order.
 CONFIDENCE = {
-  "origin": probability,
-  "maskgit_plus": probability,
-  "topk_margin": margin,
-  "entropy": negative_entropy,
+  "origin": lambda probs_PV, drawn_P: probs_PV.gather(-1, drawn_P[:, None])[:, 0],
+  "maskgit_plus": lambda probs_PV, drawn_P: probs_PV.gather(-1, drawn_P[:, None])[:, 0],
+  "topk_margin": lambda probs_PV, drawn_P: -probs_PV.topk(2).values.diff(dim=-1)[:, 0],
+  "entropy": lambda probs_PV, drawn_P: (probs_PV * (probs_PV + 1e-10).log()).sum(-1),
 }
 
 # So that `save_pretrained` puts this file beside the weights it saves.

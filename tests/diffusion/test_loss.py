@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffucoder_jax.diffusion import likelihood, loss, process
+from diffucoder_jax.runtime import sharding
 
 
 def dense_nll(features, matrix, targets, needed):
@@ -67,6 +68,71 @@ def test_bfloat16_features_keep_float32_log_probabilities():
   assert got.dtype == jnp.float32
   want = dense_nll(features.astype(jnp.float32), matrix.astype(jnp.float32), targets, needed)
   np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_many_chunks_add_up_in_float32():
+  """Each of 2000 positions adds 1/256 (a bfloat16 sum would stop growing at 1)."""
+  features = jnp.full((2, 1000, 1), 1 / 128, jnp.bfloat16)
+  matrix = jnp.zeros((1, 2), jnp.float32)  # both tokens have probability 1/2
+  targets, needed = jnp.zeros((2, 1000), jnp.int32), jnp.ones((2, 1000), bool)
+  gradient = jax.grad(lambda m: jnp.sum(loss.token_nll(features, m, targets, needed, 4)))(matrix)
+  np.testing.assert_allclose(gradient, [[-2000 / 256, 2000 / 256]], rtol=1e-5)
+
+
+def test_large_logits_stay_finite_on_a_mesh():
+  """exp(logit) overflows here, also where the largest one lies on another device."""
+  rng = np.random.default_rng(3)
+  features = jnp.asarray(300 * rng.normal(size=(2, 5, 8)), jnp.float32)
+  matrix = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
+  targets, needed = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32), jnp.ones((2, 5), bool)
+  want = dense_nll(features, matrix, targets, needed)
+  with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=1, tensor=2), jax.devices()[:2])):
+    got = jax.jit(loss.token_nll)(features, matrix, targets, needed)
+  assert want.max() > 1000
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+def test_weights_and_normalisers_are_their_definitions():
+  masked = jnp.asarray([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+  maskable = jnp.asarray([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+  segments = jnp.ones((3, 4), jnp.int32)
+  noised = process.Noised(jnp.zeros((3, 4), jnp.int32), masked, jnp.asarray([0.25, 0.5, 1.0]))
+  per_row = {"1/t": [4, 2, 1], "1-t": [0.75, 0.5, 0], "none": [1, 1, 1]}
+  cart = np.asarray(loss.cart_weights(masked, segments))
+  ones = [1, 1, 1]  # the third row has nothing to predict, so it is no sequence
+  divisors = {
+    "masked": (ones, 3), "maskable": (ones, 4), "sequence": ([1 / 3, 1, 1], 2), "batch": (ones, 3),
+  }  # fmt: skip
+  assert {*per_row, "cart"} == set(loss.WEIGHTS) and set(divisors) == set(loss.NORMALISERS)
+  for weight, normaliser in itertools.product(loss.WEIGHTS, loss.NORMALISERS):
+    weights, total = loss.diffusion_weights(noised, maskable, segments, weight, normaliser)
+    factors, divisor = divisors[normaliser]
+    token_BL = cart if weight == "cart" else np.asarray(per_row[weight])[:, None]
+    want = masked * token_BL * np.asarray(factors)[:, None]
+    np.testing.assert_allclose(weights, want, rtol=1e-6, err_msg=f"{weight} {normaliser}")
+    assert total == divisor, normaliser
+
+
+def test_both_losses_are_weighted_sums_over_their_targets():
+  rng = np.random.default_rng(4)
+  features = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+  matrix = jnp.asarray(rng.normal(size=(4, 9)), jnp.float32)
+  tokens = jnp.asarray(rng.integers(0, 9, (2, 6)), jnp.int32)
+  maskable = jnp.arange(6)[None, :] >= jnp.asarray([[1], [3]])
+  masked = maskable & (jnp.arange(6) % 2 == 1)[None, :]
+  noised = process.Noised(jnp.where(masked, 8, tokens), masked, jnp.asarray([0.5, 0.25]))
+  (total, weight), nll = loss.masked_diffusion_loss(
+    features, matrix, tokens, noised, maskable, jnp.ones_like(tokens)
+  )
+  want = dense_nll(features, matrix, tokens, masked)
+  np.testing.assert_allclose(nll, want, atol=1e-5)
+  np.testing.assert_allclose(total, jnp.sum(want / noised.t[:, None]), rtol=1e-5)
+  assert weight == masked.sum() == 5
+  (total, weight), nll = loss.autoregressive_loss(features, matrix, tokens, maskable)
+  want = dense_nll(features, matrix, tokens, maskable)
+  np.testing.assert_allclose(nll, want, atol=1e-5)
+  np.testing.assert_allclose(total, want.sum(), rtol=1e-5)
+  assert weight == maskable.sum() == 8
 
 
 def test_cart_is_its_definition_within_segments():
@@ -128,7 +194,29 @@ def test_the_bound_equals_the_average_over_orders():
   assert abs(float(jnp.mean(nats)) - exact) < 4 * error + 1e-3 * exact
 
 
+def test_the_draws_of_a_row_are_spread_and_masked_afresh():
+  rows, draws = 64, 4
+  t = np.stack([likelihood.stratified_t(jax.random.key(2), rows, d, draws) for d in range(draws)])
+  u = (np.sort(t, axis=0) - process.T_MIN) / (1 - process.T_MIN)
+  np.testing.assert_allclose(np.diff(u, axis=0), 1 / draws, atol=1e-5)
+  assert u.min() >= 0 and u.max() < 1 and len(set(u[0].tolist())) == rows
+  # Row keys with one stream of numbers for all draws would nest the masks in each other.
+  masks, ones = [], jnp.ones((rows, 16), jnp.int32)
+
+  def keep_mask(noisy_BL, targets_BL, needed_BL):
+    masks.append(np.asarray(needed_BL))
+    return jnp.zeros(needed_BL.shape)
+
+  for draw in (0, 1):
+    likelihood.nelbo_rows(keep_mask, jax.random.key(2), ones, ones > 0, 3, draw, 2)
+  first, second = masks
+  assert ((first & ~second).any(1) & (second & ~first).any(1)).any()
+
+
 def test_bits_per_byte():
+  # By hand: 3 and 5 bits in 2 bytes each; the two rows miss the ratio's 4 by 1 on either side.
+  nats = np.asarray([3, 5]) * np.log(2)
+  assert likelihood.bits_per_byte(nats, [2, 2]) == pytest.approx((2, np.sqrt(2 * 2 / 1) / 4))
   value, error = likelihood.bits_per_byte([10.0, 20.0, 5.0], [5, 10, 0])
   assert value == pytest.approx(2 / np.log(2)) and error == pytest.approx(0)
   rng = np.random.default_rng(0)

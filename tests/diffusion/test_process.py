@@ -40,9 +40,10 @@ def test_t_lies_in_its_range(name):
   assert abs(t.mean() - 0.5) < 0.02
 
 
-def test_stratified_t_covers_every_level():
-  t = np.sort(np.asarray(process.sample_t(jax.random.key(3), 32, "stratified")))
-  assert (np.histogram(t, 8, (process.T_MIN, 1))[0] == 4).all()
+def test_stratified_t_covers_every_level_and_moves():
+  t = [np.sort(process.sample_t(jax.random.key(seed), 32, "stratified")) for seed in (3, 4)]
+  assert (np.histogram(t[0], 8, (process.T_MIN, 1))[0] == 4).all()
+  assert (t[0] != t[1]).all()
 
 
 def test_a_row_draws_the_same_in_any_batch():
@@ -51,6 +52,20 @@ def test_a_row_draws_the_same_in_any_batch():
   small = process.forward_process(jax.random.key(4), tokens[:8], maskable[:8], 3)
   np.testing.assert_array_equal(big.tokens[:8], small.tokens)
   np.testing.assert_array_equal(big.t[:8], small.t)
+  big, small = (
+    process.vary_rows(jax.random.key(4), jnp.ones((n, LENGTH), jnp.int32), maskable[:n], 0.4, 0.4)
+    for n in (ROWS, 8)
+  )
+  for a, b in zip(big, small, strict=True):
+    np.testing.assert_array_equal(a[:8], b)
+
+
+def test_which_tokens_are_masked_does_not_follow_from_t():
+  """One key for both draws would compare a token's number with itself."""
+  tokens = jnp.full((4096, 3), 7)
+  noised = process.forward_process(jax.random.key(9), tokens, jnp.ones_like(tokens, bool), 3)
+  excess = np.asarray(noised.masked) - np.asarray(noised.t)[:, None]  # E[t (1 - t)] = 1 / 6
+  assert (np.abs(excess.mean(0)) < 5 * np.sqrt(1 / 6 / 4096)).all()
 
 
 def test_rows_and_keys_differ():
@@ -67,17 +82,19 @@ def test_unknown_sampler_is_refused():
 
 
 def test_vary_rows_truncates_and_keeps_prefixes_at_the_asked_rates():
-  segments, maskable = jnp.ones((4000, 32), jnp.int32), jnp.ones((4000, 32), bool)
+  packed = jnp.where(jnp.arange(32) < 9, 1, 2)[None, :]
+  segments, maskable = jnp.repeat(packed, 4000, 0), jnp.ones((4000, 32), bool)
   new_segments, new_maskable = process.vary_rows(jax.random.key(7), segments, maskable, 0.2, 0.3)
   truncated = np.asarray(new_segments[:, -1] == 0)
   prefixed = np.asarray(new_maskable[:, -1] & ~new_maskable[:, 0])
   assert abs(truncated.mean() - 0.2) < 0.03 and abs(prefixed.mean() - 0.3) < 0.03
   assert not (truncated & prefixed).any()
   untouched = ~truncated & ~prefixed
-  assert new_maskable[untouched].all() and (new_segments[untouched] == 1).all()
+  assert new_maskable[untouched].all() and (new_segments[untouched] == packed).all()
+  np.testing.assert_array_equal(new_segments, jnp.where(new_segments > 0, segments, 0))
   assert not (new_maskable & (new_segments == 0)).any()  # nothing maskable in the padding
   assert (new_segments[:, 0] == 1).all()  # no row loses everything
-  lengths = np.asarray(new_segments[truncated].sum(1))
+  lengths = np.asarray((new_segments[truncated] > 0).sum(1))
   assert lengths.min() < 5 and lengths.max() > 27
 
 

@@ -76,7 +76,10 @@ def test_batch_neighbours_and_padding_change_nothing(run, alg, temperature, alg_
   )
   keys = sampler.row_keys(3, len(PROMPTS))
   together = run(*layout(PROMPTS, 10, 0), keys, config)
-  padded = run(*layout(PROMPTS, 10, 5, 4), keys, config)
+  canvas, valid = layout(PROMPTS, 10, 5, 4)
+  canvas[~valid] = MASK  # in the padding it is nothing to write
+  padded = run(canvas, valid, keys, config)
+  assert (np.asarray(padded.tokens)[~valid] == MASK).all()
   for b, prompt in list(enumerate(PROMPTS))[:2]:
     alone = run(*layout([prompt], 10, 0), keys[b : b + 1], config)
     np.testing.assert_array_equal(written(together, b), written(alone, 0))
@@ -158,6 +161,89 @@ def test_stop_at_eos_keeps_the_tokens_before_it(run):
   assert stopped > 0, "no row ended early, so the test shows nothing"
 
 
+def probable(tokens, probs):
+  """Logits [..., VOCAB] that give each of `tokens` its probability, and token 0 the rest."""
+  one, rest = jax.nn.one_hot(tokens, VOCAB), jax.nn.one_hot(jnp.zeros_like(tokens), VOCAB)
+  return jnp.log(one * probs[..., None] + rest * (1 - probs[..., None]) + 1e-30)
+
+
+def test_stop_at_eos_waits_for_all_before_it_and_reads_no_prompt():
+  """Row 0 writes its end token first, then what stands before it; row 1 has one in its prompt."""
+  canvas = jnp.asarray([[2, *[MASK] * 5], [EOS, *[MASK] * 5]], jnp.int32)
+  probs = jnp.broadcast_to(jnp.asarray([1.0, 0.8, 0.7, 0.9, 0.6, 0.55]), canvas.shape)
+  tokens = jnp.where((jnp.arange(6) == 3)[None, :] & (canvas[:, :1] == 2), EOS, 4)
+  logits_fn = lambda *_: probable(tokens, probs)  # noqa: E731
+  config = sampler.SamplerConfig(
+    alg="maskgit_plus", steps=50, max_new_tokens=5, temperature=0.0, top_p=1.0, stop_at_eos=True
+  )
+  keys = sampler.row_keys(0, 2)
+  trace = sampler.generate(logits_fn, canvas, canvas >= 0, keys, config, mask_id=MASK, eos_id=EOS)
+  assert trace.tokens.tolist() == [[2, 4, 4, EOS, MASK, MASK], [EOS, 4, 4, 4, 4, 4]]
+  assert trace.nfe.tolist() == [3, 4]  # 1, 1, 1 and then 2 tokens are due
+
+
+def test_the_trace_holds_the_confidence_and_entropy_of_the_committing_step():
+  """The fewer masks are left, the less sure this network is."""
+
+  def logits_fn(canvas, valid):
+    probs_B1 = 0.5 + 0.1 * jnp.sum(canvas == MASK, axis=1, keepdims=True)
+    return probable(jnp.full(canvas.shape, 4), jnp.broadcast_to(probs_B1, canvas.shape))
+
+  canvas = jnp.asarray([[2, MASK, MASK, MASK]], jnp.int32)
+  config = sampler.SamplerConfig(
+    alg="maskgit_plus", steps=3, max_new_tokens=3, temperature=0.0, top_p=1.0
+  )
+  trace = sampler.generate(logits_fn, canvas, canvas >= 0, None, config, mask_id=MASK)
+  assert trace.step.tolist() == [[-1, 1, 2, 2]] and trace.nfe.tolist() == [2]
+  np.testing.assert_allclose(trace.confidence, [[0, 0.8, 0.7, 0.7]], rtol=1e-5)
+  entropy = [-(p * np.log(p) + (1 - p) * np.log(1 - p)) for p in (0.8, 0.7, 0.7)]
+  np.testing.assert_allclose(trace.entropy, [[0, *entropy]], rtol=1e-4)
+
+
+def draw_rows(probs, tokens=4, rows=2048, **changes):
+  """Trace of many rows of `len(probs)` masks whose network never changes its mind; two steps."""
+  canvas = jnp.full((rows, len(probs)), MASK, jnp.int32)
+  logits = probable(
+    jnp.full(canvas.shape, tokens), jnp.broadcast_to(jnp.asarray(probs), canvas.shape)
+  )
+  config = sampler.SamplerConfig(
+    **{"alg": "maskgit_plus", "steps": 2, "temperature": 1.0, "top_p": 1.0, **changes}
+  )
+  run = jax.jit(
+    lambda keys: sampler.generate(
+      lambda *_: logits, canvas, canvas >= 0, keys, config, mask_id=MASK
+    )
+  )
+  return run(sampler.row_keys(0, rows))
+
+
+def assert_share(got, want):
+  """`got` are coins; 5 standard errors."""
+  got, want = np.asarray(got), np.asarray(want)
+  assert (np.abs(got.mean(0) - want) < 5 * np.sqrt(want * (1 - want) / len(got))).all()
+
+
+def test_positions_are_drawn_from_the_softmax_of_confidence_over_alg_temp():
+  probs = [0.9, 0.7, 0.6]
+  trace = draw_rows(probs, temperature=0.0, alg_temp=0.2)  # int(3 / 2) = 1 in the first step
+  wanted = np.exp(np.asarray(probs) / 0.2)
+  assert_share(trace.step == 0, wanted / wanted.sum())
+
+
+def test_every_step_draws_afresh():
+  """Step 0 commits one token 4 when any position drew it; the other two draw again."""
+  trace = draw_rows([0.6] * 3)
+  assert_share((trace.tokens == 4).all(1), (1 - 0.4**3) * 0.6**2)
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "origin"])
+def test_which_positions_are_drawn_says_nothing_about_their_tokens(alg):
+  """Token 0 and position would share their random bits if the two draws had one key."""
+  trace = draw_rows([0.5] * 4, alg=alg, alg_temp=0.0 if alg == "origin" else 1.0)
+  first = np.asarray(trace.step == 0)
+  assert_share(np.asarray(trace.tokens == 0)[first], 0.5)
+
+
 def test_stop_at_eos_without_an_end_token_is_refused():
   config = sampler.SamplerConfig(steps=2, stop_at_eos=True)
   with pytest.raises(ValueError, match="end token"):
@@ -216,17 +302,3 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
 def test_settings_out_of_range_are_named(wrong):
   with pytest.raises(ValueError, match=f"sampler.{next(iter(wrong))}"):
     sampler.SamplerConfig(**wrong)
-
-
-def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
-  logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.15, 0.05]]]))
-  kept = lambda p: (remasking.filter_logits(logits, top_p=p) > remasking.REMOVED)[0, 0].tolist()  # noqa: E731
-  assert kept(0.6) == [True, True, False, False]
-  assert kept(0.01) == [True, False, False, False]
-  assert kept(0.9) == [True, True, True, False]
-
-
-def test_top_k_keeps_ties():
-  logits = jnp.asarray([[[2.0, 1.0, 1.0, 0.0]]])
-  kept = remasking.filter_logits(logits, top_k=2) > remasking.REMOVED
-  assert kept[0, 0].tolist() == [True, True, True, False]

@@ -575,9 +575,9 @@ def test_automatic_from_qwen(qwen_json, folders):
 
 @pytest.mark.slow
 def test_ids_are_ours_on_all_of_the_standard_library(library_texts, tmp_path):
-  """30 million characters, four sizes of vocabulary."""
+  """30 million characters, a small and a large vocabulary."""
   rng = random.Random(0)
-  for vocab_size in (600, 4096, 16384, 32000):
+  for vocab_size in (600, 16384):
     texts = rng.sample(library_texts, 400)
     tokenizer = train_sentencepiece(texts, tmp_path / "tokenizer.model", vocab_size)
     assert disagreements(tokenizer, as_hf(tokenizer), library_texts) == []

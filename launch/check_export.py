@@ -1,0 +1,104 @@
+"""Loads an exported folder in PyTorch and here, and compares: logits, token ids, generation.
+
+  python launch/check_export.py FOLDER [--text 'def f(x):' ...] [--new-tokens 16]
+
+Needs torch and transformers (`pip install -e '.[torch]'`), no network. Float32 on CPU. Ends with
+exit code 1 when logits differ by more than 1e-4 or any generated token differs.
+"""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # what an export needs lies in its folder
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import diffucoder_jax
+from diffucoder_jax.diffusion.sampler import SamplerConfig
+
+TEXTS = ("def is_prime(n):\n", "import os\n\n\ndef main():\n\tprint('\u2581 caf\u00e9')\r\n")
+# `origin` chooses positions at random, so its one deterministic case is a single step.
+CASES = {"maskgit_plus": 0, "topk_margin": 0, "entropy": 0, "origin": 1}
+TOLERANCE = 1e-4
+
+
+def left_padded(rows, pad_id):
+  """(ids [B, L], valid [B, L]) of rows of different lengths."""
+  length = max(map(len, rows))
+  ids_BL = np.full((len(rows), length), max(pad_id, 0))
+  valid_BL = np.zeros((len(rows), length), bool)
+  for b, row in enumerate(rows):
+    ids_BL[b, length - len(row) :], valid_BL[b, length - len(row) :] = row, True
+  return ids_BL, valid_BL
+
+
+def logits_difference(ckpt, model, ids_BL, valid_BL):
+  """Largest difference over real positions. Theirs are not shifted: theirs[i] is ours[i + 1]."""
+  ours_BLV = np.asarray(diffucoder_jax.logits(ckpt, ids_BL, valid_BL))
+  mask_BL = torch.tensor(valid_BL.astype(np.int64))
+  with torch.no_grad():
+    theirs_BLV = model(torch.tensor(ids_BL), attention_mask=mask_BL).logits.float().numpy()
+  both_BL = valid_BL[:, 1:] & valid_BL[:, :-1]
+  return float(np.abs(ours_BLV[:, 1:] - theirs_BLV[:, :-1])[both_BL].max())
+
+
+def generate_both(ckpt, model, rows, ids_BL, valid_BL, alg, steps, new_tokens):
+  """New tokens of both sides at temperature 0, each [B, new_tokens]."""
+  steps = steps or new_tokens
+  sampler = SamplerConfig(
+    alg=alg, steps=steps, max_new_tokens=new_tokens, temperature=0.0, top_p=0.95
+  )
+  ours = [completion.tokens for completion in diffucoder_jax.generate(ckpt, rows, sampler)]
+  theirs = model.diffusion_generate(
+    torch.tensor(ids_BL), attention_mask=torch.tensor(valid_BL.astype(np.int64)),
+    max_new_tokens=new_tokens, steps=steps, alg=alg, temperature=0.0, top_p=0.95,
+  )  # fmt: skip
+  return np.stack(ours), theirs[:, ids_BL.shape[1] :].numpy()
+
+
+def main():
+  """Prints a line per comparison; returns whether all of them hold."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("folder")
+  parser.add_argument("--text", nargs="+", default=TEXTS)
+  parser.add_argument("--new-tokens", type=int, default=16)
+  args = parser.parse_args()
+  versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  print(f"{args.folder} in {versions} and in jax {jax.__version__}")
+
+  ckpt = diffucoder_jax.from_pretrained(args.folder, param_dtype="float32")
+  full = ckpt.config.attention == "full"
+  kind = transformers.AutoModel if full else transformers.AutoModelForCausalLM
+  model = kind.from_pretrained(args.folder, torch_dtype=torch.float32, trust_remote_code=full).eval()
+
+  good = True
+  if ckpt.tokenizer is not None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
+    rows = [ckpt.tokenizer.encode(text) for text in args.text]
+    same = rows == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.text]
+    print(f"token ids: {'the same' if same else 'DIFFERENT'}")
+    good &= same
+  else:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, ckpt.config.vocab_size, n).tolist() for n in (7, 12)]
+  ids_BL, valid_BL = left_padded(rows, ckpt.pad_id)
+
+  difference = logits_difference(ckpt, model, ids_BL, valid_BL)
+  print(f"logits, batch of {len(rows)}, left-padded: largest difference {difference:.1e}")
+  good &= difference <= TOLERANCE
+  for alg, steps in CASES.items() if full else ():
+    ours, theirs = generate_both(
+      ckpt, model, rows, ids_BL, valid_BL, alg, steps, args.new_tokens
+    )
+    print(f"{alg}: {int((ours == theirs).sum())} of {ours.size} new tokens are the same")
+    good &= bool((ours == theirs).all())
+  return good
+
+
+if __name__ == "__main__":
+  sys.exit(0 if main() else "the export and the original DIFFER: see above")

@@ -1,0 +1,76 @@
+"""Filters, confidences and schedules against closed forms; Dream's own are in the golden tests."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffucoder_jax.diffusion import remasking
+
+
+def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
+  logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.15, 0.05]]]))
+  kept = lambda p: (remasking.filter_logits(logits, top_p=p) > remasking.REMOVED)[0, 0].tolist()  # noqa: E731
+  assert kept(0.6) == [True, True, False, False]
+  assert kept(0.01) == [True, False, False, False]
+  assert kept(0.9) == [True, True, True, False]
+
+
+@pytest.mark.parametrize("top_k, kept", [(1, 1), (2, 3), (3, 3), (4, 4), (0, 4)])
+def test_top_k_keeps_ties(top_k, kept):
+  logits = jnp.asarray([[[2.0, 1.0, 1.0, 0.0]]])
+  filtered = remasking.filter_logits(logits, top_k=top_k)
+  assert (filtered > remasking.REMOVED)[0, 0].tolist() == [i < kept for i in range(4)]
+
+
+def test_a_token_stays_when_those_above_it_make_exactly_top_p():
+  edge = remasking._nucleus_edge(jnp.asarray([[[0.5, 0.25, 0.125, 0.125]]]), 0.75)
+  assert edge[0, 0] == 0.125
+  edge = remasking._nucleus_edge(jnp.asarray([[[0.5, 0.25, 0.125, 0.125]]]), 0.7)
+  assert edge[0, 0] == 0.25
+
+
+def test_temperature_comes_before_the_nucleus():
+  """Squared and renormalised, the first token alone passes 0.6."""
+  logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.2]]]))
+  for temperature, kept in ((0.0, 2), (0.5, 1)):
+    filtered = remasking.filter_logits(logits, temperature, top_p=0.6)
+    assert (filtered > remasking.REMOVED).sum() == kept
+
+
+def test_confidences_are_their_definitions():
+  probs = jnp.asarray([[[0.5, 0.25, 0.25, 0.0]] * 3])
+  drawn = jnp.asarray([[2, 0, 1]])
+  wanted = {
+    "origin": [0.25, 0.5, 0.25],
+    "maskgit_plus": [0.25, 0.5, 0.25],
+    "topk_margin": [0.25] * 3,
+    "entropy": [0.5 * np.log(0.5) + 0.5 * np.log(0.25)] * 3,  # finite: 0 log 0 = 0
+    "left_to_right": [0, -1, -2],
+  }
+  assert wanted.keys() == remasking.CONFIDENCE.keys()
+  for alg, want in wanted.items():
+    got = remasking.CONFIDENCE[alg](probs, drawn)
+    np.testing.assert_allclose(got, [want], rtol=1e-6, err_msg=alg)
+
+
+@pytest.mark.parametrize(
+  "alg, counts",
+  [
+    ("entropy", [2, 2, 2, 4]),  # 2.498, 2.66, 2.994 truncated; without eps the third would be 3.0
+    ("left_to_right", [3, 3, 2, 2]),
+  ],
+)
+def test_ten_masks_in_four_steps(alg, counts):
+  left, got, ratios_T = jnp.asarray([10]), [], remasking.commit_ratios(4, 1e-3)
+  for step in range(4):
+    got.append(int(remasking.commit_count(alg, left, step, 4, ratios_T)[0]))
+    left -= got[-1]
+  assert got == counts
+
+
+@pytest.mark.parametrize("count, chosen", [(0, []), (1, [1]), (2, [1, 2]), (3, [0, 1, 2])])
+def test_the_surest_masked_positions_are_chosen_and_the_first_on_ties(count, chosen):
+  confidence = jnp.asarray([[0.5, 0.9, 0.9, 0.1, 0.95]])
+  masked = jnp.asarray([[True, True, True, True, False]])
+  got = remasking.choose_positions(confidence, masked, jnp.asarray([count]))
+  assert np.flatnonzero(got[0]).tolist() == chosen
