@@ -20,12 +20,13 @@ setup(
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.10",
     "ml-collections>=1.1",
+    "ml_dtypes",
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
-    "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore",
     "tokenizers>=0.20",
   ],
   extras_require={
@@ -34,7 +35,7 @@ setup(
     "report": ["matplotlib>=3.9"],
     "parquet": ["pyarrow"],
     "gcs": ["gcsfs"],
-    "torch": ["torch"],
-    "test": ["pytest>=8", "pytest-xdist", "ruff", "matplotlib>=3.9", "pyarrow"],
+    "torch": ["torch", "transformers>=4.46"],
+    "test": ["pytest>=8", "pytest-xdist", "ruff", "matplotlib>=3.9", "pyarrow", "safetensors"],
   },
 )

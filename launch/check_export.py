@@ -3,7 +3,9 @@
   python launch/check_export.py FOLDER [--text 'def f(x):' ...] [--new-tokens 16]
 
 Needs torch and transformers (`pip install -e '.[torch]'`), no network. Float32 on CPU. Ends with
-exit code 1 when logits differ by more than 1e-4 or any generated token differs.
+exit code 1 when any generated token differs, or logits differ by more than 1e-4 and by more than
+twice what PyTorch differs from itself when it runs the rows one by one: large weights, or weights
+that run in another pattern than they were trained for, have no 1e-4 in float32.
 """
 
 import argparse
@@ -37,14 +39,23 @@ def left_padded(rows, pad_id):
   return ids_BL, valid_BL
 
 
-def logits_difference(ckpt, model, ids_BL, valid_BL):
-  """Largest difference over real positions. Theirs are not shifted: theirs[i] is ours[i + 1]."""
-  ours_BLV = np.asarray(diffucoder_jax.logits(ckpt, ids_BL, valid_BL))
-  mask_BL = torch.tensor(valid_BL.astype(np.int64))
+def torch_logits(model, ids_BL, valid_BL):
+  """The PyTorch side's logits, shifted to their targets as ours are: [:, i] scores token i + 1."""
+  valid_BL = torch.tensor(valid_BL.astype(np.int64))
   with torch.no_grad():
-    theirs_BLV = model(torch.tensor(ids_BL), attention_mask=mask_BL).logits.float().numpy()
+    return model(torch.tensor(ids_BL), attention_mask=valid_BL).logits.float().numpy()[:, :-1]
+
+
+def logits_differences(ckpt, model, rows, ids_BL, valid_BL):
+  """Largest differences over real positions: (theirs from ours, theirs from themselves)."""
+  ours_BLV = np.asarray(diffucoder_jax.logits(ckpt, ids_BL, valid_BL))[:, 1:]
+  theirs_BLV = torch_logits(model, ids_BL, valid_BL)
   both_BL = valid_BL[:, 1:] & valid_BL[:, :-1]
-  return float(np.abs(ours_BLV[:, 1:] - theirs_BLV[:, :-1])[both_BL].max())
+  themselves = 0.0
+  for row, theirs_LV, both_L in zip(rows, theirs_BLV, both_BL, strict=True):
+    alone_LV = torch_logits(model, np.asarray([row]), np.ones((1, len(row)), bool))[0]
+    themselves = max(themselves, float(np.abs(theirs_LV[both_L] - alone_LV).max()))
+  return float(np.abs(ours_BLV - theirs_BLV)[both_BL].max()), themselves
 
 
 def generate_both(ckpt, model, rows, ids_BL, valid_BL, alg, steps, new_tokens):
@@ -74,7 +85,9 @@ def main():
   ckpt = diffucoder_jax.from_pretrained(args.folder, param_dtype="float32")
   full = ckpt.config.attention == "full"
   kind = transformers.AutoModel if full else transformers.AutoModelForCausalLM
-  model = kind.from_pretrained(args.folder, torch_dtype=torch.float32, trust_remote_code=full).eval()
+  model = kind.from_pretrained(
+    args.folder, torch_dtype=torch.float32, trust_remote_code=full
+  ).eval()
 
   good = True
   if ckpt.tokenizer is not None:
@@ -88,13 +101,14 @@ def main():
     rows = [rng.integers(0, ckpt.config.vocab_size, n).tolist() for n in (7, 12)]
   ids_BL, valid_BL = left_padded(rows, ckpt.pad_id)
 
-  difference = logits_difference(ckpt, model, ids_BL, valid_BL)
-  print(f"logits, batch of {len(rows)}, left-padded: largest difference {difference:.1e}")
-  good &= difference <= TOLERANCE
+  difference, noise = logits_differences(ckpt, model, rows, ids_BL, valid_BL)
+  print(
+    f"logits, batch of {len(rows)}, left-padded: largest difference {difference:.1e} (PyTorch from "
+    f"itself, row by row: {noise:.1e})"
+  )
+  good &= difference <= max(TOLERANCE, 2 * noise)
   for alg, steps in CASES.items() if full else ():
-    ours, theirs = generate_both(
-      ckpt, model, rows, ids_BL, valid_BL, alg, steps, args.new_tokens
-    )
+    ours, theirs = generate_both(ckpt, model, rows, ids_BL, valid_BL, alg, steps, args.new_tokens)
     print(f"{alg}: {int((ours == theirs).sum())} of {ours.size} new tokens are the same")
     good &= bool((ours == theirs).all())
   return good

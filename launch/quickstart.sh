@@ -19,38 +19,47 @@ TOKENIZER=$WORKDIR/tokenizer.model
 step() { echo; echo "== $* (minute $((SECONDS / 60)))"; }
 train() { python -m diffucoder_jax.train "$@"; }
 
-step "1/7 a tokenizer, trained on this Python's standard library"
+step "1/8 a tokenizer, trained on this Python's standard library"
 [ -s "$TOKENIZER" ] ||
   python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output="$TOKENIZER"
 
-step "2/7 an autoregressive model, $AR_STEPS steps"
+step "2/8 an autoregressive model, $AR_STEPS steps"
 train --config=configs/quickstart_ar.py --workdir="$WORKDIR/ar" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$AR_STEPS"
 
-step "3/7 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
+step "3/8 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
 train --config=configs/quickstart_adapt.py --workdir="$WORKDIR/adapt" \
   --config.init_from="$WORKDIR/ar" --config.optim.steps="$ADAPT_STEPS"
 
-step "4/7 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
+step "4/8 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
 train --config=configs/quickstart_adapt.py:scratch --workdir="$WORKDIR/scratch" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$((AR_STEPS + ADAPT_STEPS))"
 
-step "5/7 completing and infilling functions that were held out"
+step "5/8 completing and infilling functions that were held out"
 python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
   --config.tokenizer="$TOKENIZER" --output="$WORKDIR/prompts.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
   --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
-step "6/7 one of them again, its denoising replayed"
+step "6/8 one of them again, its denoising replayed"
 head -n 1 "$WORKDIR/prompts.jsonl" >"$WORKDIR/first.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/first.jsonl" \
   --show --max_new_tokens 40 --temperature 0.5
 
-step "7/7 the report"
+step "7/8 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
   --config configs/quickstart_adapt.py \
   --runs ar="$WORKDIR/ar" adapt="$WORKDIR/adapt" scratch="$WORKDIR/scratch" \
   --samples "$WORKDIR/samples.jsonl" --trace "$WORKDIR/traces/0.npz"
+
+step "8/8 the model for people on PyTorch: a folder that transformers loads"
+python -m diffucoder_jax.convert --source "$WORKDIR/adapt" --target "$WORKDIR/hf" --overwrite
+if python -c 'import torch, transformers' 2>/dev/null; then
+  python launch/check_export.py "$WORKDIR/hf"
+else
+  echo "(not checked there: PyTorch is not installed; .venv/bin/pip install -e '.[torch]' and run" \
+    "python launch/check_export.py $WORKDIR/hf)"
+fi
 
 echo
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: open $WORKDIR/report/index.html"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens exported weights with several versions of transformers: tests/hf, the tests marked `torch`.
+# Opens exported weights with several versions of transformers: the tests marked `torch` that are about them.
 #   bash launch/transformers.sh                  4.46.3, 4.57.6 and the newest 5.x, one after another
 #   bash launch/transformers.sh 4.52.4 5.0.0     these; "5" is the newest 5.x on the day of the install
 # Each version has a venv of its own, .venv-transformers-VERSION, with the project and PyTorch (about
@@ -38,6 +38,6 @@ for version in "$@"; do
   make_venv "$version"
   python=.venv-transformers-$version/bin/python
   echo "== transformers $("$python" -c 'import importlib.metadata as m; print(m.version("transformers"))')"
-  "$python" -m pytest -m torch tests/hf || failed+=("$version")
+  "$python" -m pytest -m 'torch and not slow' tests/hf tests/test_check_export.py || failed+=("$version")
 done
 [ ${#failed[@]} -eq 0 ] || fail "failed with transformers ${failed[*]}"

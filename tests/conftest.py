@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("NPROC", "32")  # threads for eight fake devices; see sharding._enough_threads
 
@@ -53,3 +55,24 @@ def programs(tmp_path_factory):
 
   with tiny.quick_compilation(tmp_path_factory.getbasetemp()):
     yield
+
+
+@pytest.fixture(scope="session")
+def folder_of(shared, tmp_path_factory):
+  """A function from a real model's name to its Hugging Face folder (`shared/tools/real_models.py`)."""
+  given = os.environ.get("DIFFUCODER_REAL_MODELS")
+  root = pathlib.Path(given) if given else tmp_path_factory.mktemp("real_models")
+
+  def folder(name):
+    if not (root / name / "tokenizer.json").exists():  # the last file that is written
+      tool = shared / "tools" / "real_models.py"
+      if not tool.exists():
+        pytest.skip(f"{tool} is not there to make {name}")
+      made = subprocess.run(
+        [sys.executable, str(tool), name, str(root / name)], capture_output=True, text=True
+      )
+      if made.returncode:
+        pytest.skip(f"{tool.name} could not make {name} (no network?): {made.stderr[-300:]}")
+    return root / name
+
+  return folder

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from diffucoder_jax import convert as program
 from diffucoder_jax import pretrained
 from diffucoder_jax.hf import load, mapping, shards, weights
-from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.runtime import checkpoint, sharding
 from tests import test_processes as cluster
 from tests import tiny
@@ -337,6 +339,37 @@ def test_killed_ten_times(tmp_path, to):
   one, two = (pretrained.from_pretrained(tmp_path / name) for name in ("source", "target"))
   assert one.config.embed_dim == two.config.embed_dim == config.embed_dim
   jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+  """The 7B's matrices, one layer of them: the largest are the embedding and the head, 1.1 GB each."""
+  if shutil.disk_usage(tmp_path).free < 12e9:
+    pytest.skip("needs 12 GB of disk")
+  sizes = preset("diffucoder_7b")
+  hf_config = folders.config_json(
+    "Dream", vocab_size=sizes["vocab_size"], hidden_size=sizes["embed_dim"], num_hidden_layers=1,
+    num_attention_heads=sizes["num_heads"], num_key_value_heads=sizes["num_kv_heads"],
+    intermediate_size=sizes["mlp_dim"],
+  )  # fmt: skip
+  folders.make_large(tmp_path / "source", hf_config=hf_config)
+  for source, target in [("source", "orbax"), ("orbax", "hf")]:
+    process = start(tmp_path / source, tmp_path / target)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    assert used.ru_maxrss * 1024 < 3 * 2**30  # Linux counts in KiB
+  check_same_files(tmp_path / "source", tmp_path / "hf")
+
+
+def check_same_files(one, two):
+  """Tensor by tensor, without holding a model."""
+  with contextlib.ExitStack() as stack:
+    ours, theirs = (shards.open_folder(folder, stack) for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+      assert tensor.dtype == theirs[name].dtype
+      for part in tensor.row_ranges():
+        assert tensor.read(*part).tobytes() == theirs[name].read(*part).tobytes(), name
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import pathlib
 
-
 from diffucoder_jax.data import sources
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from tests import tiny

@@ -34,7 +34,7 @@ def make(folder, kind, dtype, num_shards=1, **changes):
   (folder / "config.json").write_text(json.dumps(hf_config))
   rng = np.random.default_rng(0)
   wanted = mapping.hf_shapes(ModelConfig(**mapping.config_from_hf(hf_config)))
-  state = {name: rng.normal(size=shape).astype(dtype) for name, shape in wanted.items()}
+  state = {name: (0.2 * rng.normal(size=shape)).astype(dtype) for name, shape in wanted.items()}
   if num_shards == 1:
     save_file(state, folder / shards.SINGLE, metadata={"format": "pt"})
     return state
@@ -71,8 +71,9 @@ def make_large(folder, megabytes=0, hf_config=None):
   rng = np.random.default_rng(0)
   for i, tensors in enumerate(files.values(), 1):
     file = f"model-{i:05}-of-{len(files):05}.safetensors"
+    # Any bits with the highest one of the exponent off: numbers between -2 and 2.
     state = {
-      name: (rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+      name: (rng.integers(0, 1 << 16, shape, np.uint16) & 0xBFFF).view(ml_dtypes.bfloat16)
       for name, shape in tensors.items()
     }
     save_file(state, folder / file, metadata={"format": "pt"})

@@ -6,9 +6,7 @@ $DIFFUCODER_REAL_MODELS, or a temporary one.
 
 import dataclasses
 import itertools
-import os
 import pathlib
-import subprocess
 import sys
 import textwrap
 
@@ -27,27 +25,6 @@ TEXT = pathlib.Path(textwrap.__file__).read_text()[:6000]
 # models in shared/benchmarks/README.md.
 BITS_PER_BYTE = {"smollm2-135m": 0.89, "qwen2.5-coder-0.5b": 0.64}
 NLL = {"qwen2.5-coder-0.5b": 1.92}
-
-
-@pytest.fixture(scope="session")
-def folder_of(shared, tmp_path_factory):
-  """A function from a model's name to its Hugging Face folder."""
-  given = os.environ.get("DIFFUCODER_REAL_MODELS")
-  root = pathlib.Path(given) if given else tmp_path_factory.mktemp("real_models")
-
-  def folder(name):
-    if not (root / name / "tokenizer.json").exists():  # the last file that is written
-      tool = shared / "tools" / "real_models.py"
-      if not tool.exists():
-        pytest.skip(f"{tool} is not there to make {name}")
-      made = subprocess.run(
-        [sys.executable, str(tool), name, str(root / name)], capture_output=True, text=True
-      )
-      if made.returncode:
-        pytest.skip(f"{tool.name} could not make {name} (no network?): {made.stderr[-300:]}")
-    return root / name
-
-  return folder
 
 
 @pytest.mark.parametrize("name", sorted(BITS_PER_BYTE))

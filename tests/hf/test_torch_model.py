@@ -234,8 +234,10 @@ def test_gradients_and_checkpointing(model, forward):
   model.train()
   plain = gradients()
   model.gradient_checkpointing_enable()
-  assert model.model.gradient_checkpointing
+  calls, checkpoint = [], model.model._gradient_checkpointing_func
+  model.model._gradient_checkpointing_func = lambda *args: calls.append(1) or checkpoint(*args)
   kept = gradients()
+  assert len(calls) == model.config.num_hidden_layers
   model.gradient_checkpointing_disable()
   model.zero_grad(), model.eval()
   for name, gradient in plain.items():
@@ -292,6 +294,17 @@ def test_the_logits_hook_gets_aligned_logits_and_rules(model, shared):
   )
   assert (sequences[:, ids.shape[1] :] == 9).all()
   assert seen == [(step, 0.0) for step in range(9)]  # in steps that commit nothing, too
+
+
+def test_history_keeps_what_a_hook_writes_over(model):
+  def count(step, x, logits):
+    x[:, 0] = 0 if step is None else step
+    return x
+
+  _, history = generate(
+    model, torch.arange(6)[None], max_new_tokens=2, steps=9, generation_tokens_hook_func=count
+  )
+  assert history[:, 0, 0].tolist() == list(range(9))
 
 
 def test_same_tokens_as_our_sampler_at_every_step(both):
