@@ -199,7 +199,8 @@ def write_checkpoint(folder, opened, dtype, described, ids, config, step, advanc
 def verify(folder):
   """Compares an exported folder with its manifest; prints what was compared."""
   with contextlib.ExitStack() as stack:
-    count = export.verify(folder, stack, progress(float("nan")))
+    total = sum(path.stat().length for path in epath.Path(folder).glob("*.safetensors"))
+    count = export.verify(folder, stack, progress(total))
   print(f"{folder}: {count} tensors and files are as they were written")
 
 
@@ -222,5 +223,5 @@ def main(argv=None):
 if __name__ == "__main__":
   try:
     main()
-  except (FileNotFoundError, FileExistsError, ValueError) as error:
+  except (OSError, ValueError) as error:  # absent, in the way, disk full; not what it should be
     sys.exit(f"convert: {error}")

@@ -23,12 +23,16 @@ from safetensors.numpy import load_file, save_file
 
 from diffucoder_jax import convert as program
 from diffucoder_jax import pretrained
+from diffucoder_jax.completion import generate
+from diffucoder_jax.data.tokenizer import HFTokenizer
+from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.hf import load, mapping, shards, weights
 from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.runtime import checkpoint, sharding
 from tests import test_processes as cluster
 from tests import tiny
 from tests.hf import folders
+from tests.hf.test_tokenizer_files import QWEN_ADDED, qwen_like
 
 BF16 = ml_dtypes.bfloat16
 CONFIG = folders.CONFIG
@@ -293,6 +297,38 @@ def test_new_rows(tmp_path, init, tied):
           z = (found[25:28] - mean) / std
           assert 0.5 < z.std() < 1.5 and abs(z.mean()) < 0.5
           assert not np.array_equal(found[25], found[26])
+
+
+def test_a_qwen_folder_gets_a_mask(tmp_path):
+  """What begins every run: autoregressive weights, whose tied head then never says MASK."""
+  file = qwen_like(QWEN_ADDED)
+  known = HFTokenizer(file).vocab_size
+  sizes = dict(vocab_size=known + 5, eos_token_id=None)
+  state = folders.make(tmp_path / "source", "qwen2-tied", np.float32, **sizes)
+  (tmp_path / "source" / "tokenizer.json").write_bytes(file)
+  program.convert(tmp_path / "source", tmp_path / "start", new_tokens="mean")
+  ckpt = pretrained.from_pretrained(tmp_path / "start")
+  assert ckpt.mask_id == ckpt.tokenizer.mask_id == known + 1
+  assert ckpt.tokenizer.pad_id == known + 2
+  embed = np.asarray(ckpt.params["embed"])
+  old = state["model.embed_tokens.weight"]
+  np.testing.assert_array_equal(np.delete(embed, [known, known + 1, known + 2], 0),
+                                np.delete(old, [known, known + 1, known + 2], 0))  # fmt: skip
+  np.testing.assert_allclose(embed[known + 1], old[:known].mean(0), atol=1e-6)
+  # Tied: make MASK the likeliest word everywhere.
+  loud = ckpt.params | {"embed": ckpt.params["embed"].at[ckpt.mask_id].mul(1e3)}
+  ckpt = dataclasses.replace(ckpt, params=loud)
+  sampler = SamplerConfig(max_new_tokens=8, temperature=0.0)
+  for completion in generate(ckpt, [[1, 2, 3], [4]], sampler):
+    assert len(completion.tokens) == 8 and ckpt.mask_id not in completion.tokens
+
+  with pytest.raises(ValueError, match="a checkpoint has|was trained on masks has its tokens"):
+    program.convert(tmp_path / "start", tmp_path / "no", new_tokens="mean")
+  sizes = dict(vocab_size=known + 2, eos_token_id=None)
+  folders.make(tmp_path / "source", "qwen2-tied", np.float32, **sizes)
+  with pytest.raises(ValueError, match=f"<.dlm_pad.> would be token {known + 2}, .* no spare row"):
+    program.convert(tmp_path / "source", tmp_path / "no", new_tokens="mean")
+  assert not (tmp_path / "no").exists()
 
 
 # --- Real processes, killed.
