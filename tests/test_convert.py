@@ -57,9 +57,13 @@ def check_same(folder, wanted):
     assert found[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
-@pytest.mark.parametrize("kind", ["Dream", "qwen2", "qwen2-tied", "llama"])
+@pytest.mark.parametrize(
+  "kind, dtype, num_shards",
+  [
+    ("Dream", BF16, 3), ("Dream", np.float32, 1), ("qwen2", BF16, 1), ("qwen2-tied", np.float32, 3),
+    ("qwen2-tied", BF16, 1), ("llama", BF16, 3),
+  ],
+)  # fmt: skip
 def test_there_and_back_is_bitwise(tmp_path, kind, dtype, num_shards):
   state = folders.make(tmp_path / "source", kind, dtype, num_shards)
   hf = there_and_back(tmp_path, tmp_path / "source", shard_size="4KB" if num_shards > 1 else "5GB")
@@ -89,10 +93,9 @@ def test_a_checkpoint_of_a_mesh_is_exported(tmp_path):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   with jax.set_mesh(mesh):
     abstract = load.abstract_params(CONFIG, mesh)
-    params = jax.tree.map(
-      lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape), x.sharding),
-      abstract,
-    )
+    rng = np.random.default_rng(0)
+    make = lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding)  # noqa: E731
+    params = jax.tree.map(make, abstract)
     settings = ConfigDict(dict(every=1, keep=1, keep_every=0))
     config = {"model": dataclasses.asdict(CONFIG), "seed": 3}
     with checkpoint.open_manager(tmp_path / "run", settings) as manager:
@@ -178,7 +181,6 @@ def edit_config(**changes):
   return change
 
 
-@pytest.mark.parametrize("way", ["orbax", "hf"])
 @pytest.mark.parametrize(
   "spoil, message",
   [
@@ -198,11 +200,12 @@ def edit_config(**changes):
     (edit_config(hidden_act="gelu"), "hidden_act = 'gelu'"),
   ],
 )
-def test_refused_by_name(tmp_path, way, spoil, message):
+def test_refused_by_name(tmp_path, spoil, message):
   state = folders.make(tmp_path / "source", "Dream", np.float32)
   spoil(tmp_path / "source", state)
-  with pytest.raises((ValueError, FileNotFoundError), match=message):
-    program.convert(tmp_path / "source", tmp_path / "target", to=way, dtype="bfloat16")
+  for way in ("orbax", "hf"):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      program.convert(tmp_path / "source", tmp_path / "target", to=way, dtype="bfloat16")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
