@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from diffucoder_jax.data import sources
+from diffucoder_jax.data.mixture import Mixture
 
 _ENCODE_CHARACTERS = 4_000_000  # encoded at once: bounds the Python lists alive at a time
 _LOG_SECONDS = 10.0
@@ -22,7 +23,7 @@ class PackedRows:
   """Documents laid end to end and cut into rows of `seq_len`: a random-access source for Grain.
 
   Args:
-    tokens: int32 [N], all tokens.
+    tokens: int32 [N], all tokens; or what gives them by slices, as `mixture.RecordTokens`.
     starts: int64 [documents], ascending, where each document begins in `tokens`; the first is 0.
     seq_len: tokens in a row. The last row is padded.
     pad_id: what to pad with.
@@ -51,13 +52,14 @@ class PackedRows:
     if not 0 <= row < len(self):
       raise IndexError(f"row {row} of {len(self)}")
     begin = row * self.seq_len
-    index_L = np.arange(begin, min(begin + self.seq_len, len(self.tokens)))
+    tokens_L = self.tokens[begin : begin + self.seq_len]
+    index_L = np.arange(begin, begin + len(tokens_L))
     document_L = np.searchsorted(self.starts, index_L, side="right") - 1
     # A document that goes on from the row before starts anew here: it cannot see that row.
     position_L = index_L - np.maximum(self.starts[document_L], begin)
     empty = self.seq_len - len(index_L)
     return {
-      "tokens": np.pad(self.tokens[index_L], (0, empty), constant_values=self.pad_id),
+      "tokens": np.pad(tokens_L, (0, empty), constant_values=self.pad_id),
       "segment_ids": np.pad((document_L - document_L[0] + 1).astype(np.int32), (0, empty)),
       "positions": np.pad(position_L.astype(np.int32), (0, empty)),
       "maskable": np.pad(position_L > 0, (0, empty)),
@@ -136,11 +138,11 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
   return Corpus(rows["train"], rows["held_out"], report, fingerprint)
 
 
-def train_batches(rows: PackedRows, data_config, seed: int, shard=(0, 1)):
+def train_batches(rows, data_config, seed: int, shard=(0, 1)):
   """Endless training batches, shuffled anew each epoch.
 
   Args:
-    rows: the training rows.
+    rows: the training rows: `PackedRows`, another source of rows, or a `Mixture` of them.
     data_config: the `data` section; `global_batch` is read here.
     seed: order of the rows.
     shard: (index, count) of `sharding.batch_shard`: block `index` of `count` of each global batch.
@@ -158,7 +160,10 @@ def train_batches(rows: PackedRows, data_config, seed: int, shard=(0, 1)):
       "data.global_batch or data.seq_len"
     )
   index, count = shard
-  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
+  if isinstance(rows, Mixture):
+    dataset = rows.shuffled(seed)
+  else:
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
   # Batched before it is cut by process: the other way round, rows would move with `count`.
   dataset = dataset.batch(local, drop_remainder=True)[index::count]
   # Rows are made in microseconds; a deep buffer would only hold memory.
