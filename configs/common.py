@@ -27,6 +27,7 @@ def base(model, **model_changes):
     normaliser="masked",
     truncate_prob=0.0,
     prefix_prob=0.0,
+    condition_steps=0,
   )
   c.data = config_dict.create(
     source="stdlib",  # stdlib, folder, jsonl, parquet, array_record or tfds
@@ -53,6 +54,9 @@ def base(model, **model_changes):
     accumulate=1,
   )
   c.checkpoint = config_dict.create(every=1000, keep=3, keep_every=0, accept_changes=False)
-  c.eval = config_dict.create(every=1000, rows=64, draws=8)
+  # `samples` beginnings of held-out rows (0: none) are continued by `sample_tokens` at each evaluation.
+  c.eval = config_dict.create(
+    every=1000, rows=64, draws=8, samples=0, sample_tokens=64, sample_steps=32
+  )
   c.log = config_dict.create(every=10, tensorboard=False, wandb=False)
   return c

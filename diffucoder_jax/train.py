@@ -8,6 +8,7 @@ on every host of a pod.
 
 import dataclasses
 import functools
+import json
 import sys
 import time
 
@@ -19,10 +20,12 @@ import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from diffucoder_jax import pretrained
+from diffucoder_jax import completion, pretrained
 from diffucoder_jax.data import pipeline
 from diffucoder_jax.data.tokenizer import load_tokenizer
-from diffucoder_jax.diffusion import likelihood, loss, process
+from diffucoder_jax.diffusion import loss, process
+from diffucoder_jax.diffusion.sampler import SamplerConfig
+from diffucoder_jax.evals import held_out
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.config import ModelConfig, train_flops_per_token
 from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix
@@ -50,6 +53,9 @@ class Objective:
   normaliser: str = "masked"
   truncate_prob: float = 0.0  # the paper's stage 1: 0.01
   prefix_prob: float = 0.0  # the paper's stage 1: 0.01
+  # Instruction data: prompts are noised too in a share of the rows that falls from 1 to 0 over
+  # these steps (the paper's first epoch of stage 3); 0: prompts are never noised.
+  condition_steps: int = 0
 
   def __post_init__(self):
     if self.kind not in PREPARE:
@@ -60,14 +66,15 @@ class Objective:
 # One step
 
 
-def _prepare_diffusion(objective, mask_id, batch, key):
+def _prepare_diffusion(objective, mask_id, batch, step, key):
   vary_key, noise_key = jax.random.split(key)
+  maskable_BL = batch["maskable"]
+  if "prompt" in batch and objective.condition_steps:
+    share = jnp.maximum(0.0, 1.0 - step / objective.condition_steps)
+    prompt_BL = batch["prompt"] & (batch["positions"] > 0)  # nothing predicts a row's first token
+    maskable_BL |= process.unconditional(jax.random.fold_in(key, 3), prompt_BL, share)
   segment_ids_BL, maskable_BL = process.vary_rows(
-    vary_key,
-    batch["segment_ids"],
-    batch["maskable"],
-    objective.truncate_prob,
-    objective.prefix_prob,
+    vary_key, batch["segment_ids"], maskable_BL, objective.truncate_prob, objective.prefix_prob
   )
   noised = process.forward_process(
     noise_key, batch["tokens"], maskable_BL, mask_id, objective.t_sampler
@@ -77,7 +84,7 @@ def _prepare_diffusion(objective, mask_id, batch, key):
 
 # What the whole batch goes through before it is cut into micro-batches: all the randomness.
 PREPARE = {
-  "autoregressive": lambda objective, mask_id, batch, key: batch,
+  "autoregressive": lambda objective, mask_id, batch, step, key: batch,
   "diffusion": _prepare_diffusion,
 }
 
@@ -114,63 +121,13 @@ def loss_of(model, objective, pattern, params, rows):
 def train_step(model, tx, objective, mask_id, accumulate, state, batch, key):
   """One optimiser step. Returns (state, metrics); everything random comes from (key, step)."""
   key = jax.random.fold_in(key, state.step)
-  # 0 and 1 are the keys that `split` gives to the noise.
+  # 0 and 1 are the keys that `split` gives to the noise, 3 is that of the prompts.
   pattern = attention_pattern(objective, state.step, jax.random.fold_in(key, 2))
-  batch = PREPARE[objective.kind](objective, mask_id, batch, key)
+  batch = PREPARE[objective.kind](objective, mask_id, batch, state.step, key)
   loss_fn = functools.partial(loss_of, model, objective, pattern)
   (value, extra), grads = optim.accumulated_value_and_grad(loss_fn, state.params, batch, accumulate)
   metrics_ = {"loss": value, "grad_norm": optax.tree.norm(grads), **extra}
   return optim.apply_gradients(state, grads, tx), metrics_
-
-
-# ---------------------------------------------------------------------------------------------
-# Held-out evaluation
-
-
-def held_out_nats(model, objective, mask_id, draws, params, batch, key, draw):
-  """Nats (or their bound) and scored tokens' mask per row, for `likelihood.bits_per_byte`."""
-  pattern = attention.CAUSAL if objective.kind == "autoregressive" else attention.FULL
-
-  def nll_fn(inputs_BL, targets_BL, needed_BL):
-    features_BLD = model.apply(
-      {"params": params}, inputs_BL, batch["segment_ids"], batch["positions"], pattern
-    )
-    return loss.token_nll(features_BLD, output_matrix(params), targets_BL, needed_BL)
-
-  if objective.kind == "autoregressive":
-    return jnp.sum(nll_fn(batch["tokens"], batch["tokens"], batch["maskable"]), axis=1)
-  return likelihood.nelbo_rows(
-    nll_fn, key, batch["tokens"], batch["maskable"], mask_id, draw, draws
-  )
-
-
-def evaluate_held_out(nats_fn, draws, batches, params, key):
-  """Bits per byte on fixed held-out batches, with its standard error.
-
-  Args:
-    nats_fn: jitted (params, batch, key, draw) -> nats per row of the global batch, replicated.
-    draws: Monte-Carlo draws per row.
-    batches: list of (device batch, bytes scored in each row of the global batch).
-  """
-  nats = [
-    sum(nats_fn(params, batch, jax.random.fold_in(key, i), draw) for draw in range(draws)) / draws
-    for i, (batch, _) in enumerate(batches)
-  ]
-  nats = np.concatenate([np.asarray(x) for x in jax.device_get(nats)])
-  num_bytes = np.concatenate([num_bytes for _, num_bytes in batches])
-  return likelihood.bits_per_byte(nats, num_bytes)
-
-
-def held_out_set(rows, eval_config, global_batch, token_bytes_V, mesh):
-  """The fixed held-out batches on the device, each with its rows' scored bytes on the host."""
-  take = functools.partial(pipeline.held_out_batches, rows, eval_config.rows, global_batch)
-  # Every process counts the bytes of all rows; only the tokens are cut by process.
-  num_bytes = [
-    np.sum(np.where(batch["maskable"], token_bytes_V[batch["tokens"]], 0), axis=1)
-    for batch in take()
-  ]
-  local = take(shard=sharding.batch_shard(mesh))
-  return [(sharding.put_batch(b, mesh), n) for b, n in zip(local, num_bytes, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,6 +186,30 @@ def initial_state(config, mesh, model, tx, key):
   return abstract, make
 
 
+def write_samples(ckpt, rows, eval_config, path):
+  """Completes the beginnings of held-out rows, and writes them beside what stood there as jsonl.
+
+  Args:
+    ckpt: `pretrained.Pretrained`. rows: the held-out rows, of one source or of several.
+    eval_config: `samples`, how many of each source; `sample_tokens`, how long; `sample_steps`.
+    path: of the file.
+  """
+  c, lines = eval_config, []
+  sampler = SamplerConfig(
+    alg="left_to_right" if ckpt.config.attention == "causal" else "entropy",
+    steps=c.sample_steps, max_new_tokens=c.sample_tokens, temperature=0.0, top_p=1.0,
+  )  # fmt: skip
+  for source, part in pipeline.parts(rows).items():
+    prompts, references = pipeline.prompts(part, c.samples, c.sample_tokens)
+    for i, done in enumerate(completion.generate(ckpt, prompts, sampler, batch_size=c.samples)):
+      prompt, reference = (ckpt.tokenizer.decode(x) for x in (prompts[i], references[i]))
+      line = {"source": source, "prompt": prompt, "completion": done.text, "reference": reference}
+      lines.append(json.dumps(line) + "\n")
+  if sharding.is_main_process():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+
+
 def main(config, workdir):
   """Trains to `config.optim.steps`, continuing where `workdir` left off.
 
@@ -282,19 +263,18 @@ def main(config, workdir):
 
   # Held-out rows are fixed; so are their noise and their order.
   token_bytes_V = np.asarray(tokenizer.token_bytes())
-  eval_batches, unigram = [], {}
+  eval_sets, unigram = {}, {}
   if config.eval.every:
-    eval_batches = held_out_set(
-      corpus.held_out, config.eval, config.data.global_batch, token_bytes_V, mesh
+    eval_sets = held_out.load_sets(
+      pipeline.parts(corpus.held_out), config.eval, config.data.global_batch, token_bytes_V, mesh
     )
-    unigram["eval/unigram_bits_per_byte"] = pipeline.unigram_bits_per_byte(
-      corpus.train, corpus.held_out, token_bytes_V, config.eval.rows
-    )
-  draws = 1 if objective.kind == "autoregressive" else config.eval.draws
-  nats_fn = jax.jit(
-    functools.partial(held_out_nats, model, objective, tokenizer.mask_id, draws),
-    out_shardings=sharding.replicated(mesh),
-  )
+    if isinstance(corpus.train, pipeline.PackedRows):
+      unigram["eval/unigram_bits_per_byte"] = pipeline.unigram_bits_per_byte(
+        corpus.train, corpus.held_out, token_bytes_V, config.eval.rows
+      )
+  autoregressive = objective.kind == "autoregressive"
+  draws = 1 if autoregressive else config.eval.draws
+  nats_fn = held_out.make_nats_fn(model, autoregressive, tokenizer.mask_id, draws, mesh)
 
   # Loop: metrics stay on the device and are read one step late, so that it never waits for us.
   step_fn = jax.jit(
@@ -324,6 +304,7 @@ def main(config, workdir):
     seconds = (clock[1] - last_time) / (step - last_step)
     row["tokens_per_second"] = tokens_per_step / seconds
     row["mfu"] = metrics.mfu(flops_per_step, seconds, jax.devices())
+    row |= pipeline.sources_seen(corpus.train, step * config.data.global_batch)
     progress.update(step, writer.write(step, row))
 
   with manager, writer:  # which wait for a save in flight, however the loop ends
@@ -337,8 +318,14 @@ def main(config, workdir):
       if config.eval.every and (step % config.eval.every == 0 or last):
         flush()
         began = time.monotonic()
-        last_eval = evaluate_held_out(nats_fn, draws, eval_batches, state.params, eval_key)
-        row = dict(zip(("eval/bits_per_byte", "eval/bits_per_byte_se"), last_eval, strict=True))
+        row = held_out.evaluate(nats_fn, draws, eval_sets, state.params, eval_key)
+        last_eval = row["eval/bits_per_byte"], row["eval/bits_per_byte_se"]
+        if config.eval.samples:
+          ckpt = pretrained.Pretrained(
+            model.config, state.params, tokenizer, tokenizer.mask_id, tokenizer.eos_id,
+            tokenizer.pad_id, mesh,
+          )  # fmt: skip
+          write_samples(ckpt, corpus.held_out, config.eval, workdir / "samples" / f"{step}.jsonl")
         seconds = time.monotonic() - began
         writer.write(step, {**row, **unigram, "eval/seconds": seconds})
         clock = (clock[0], clock[1] + seconds)

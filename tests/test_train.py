@@ -339,7 +339,8 @@ def test_every_objective_key_reaches_the_loss():
     "segment_ids": jnp.ones((8, 16), jnp.int32).at[:, 12:].set(jnp.arange(8)[:, None] % 2),
     "positions": jnp.broadcast_to(jnp.arange(16), (8, 16)),
   }
-  batch["maskable"] = (batch["positions"] > 0) & (batch["segment_ids"] > 0)
+  batch["prompt"] = batch["positions"] < 5
+  batch["maskable"] = ~batch["prompt"] & (batch["segment_ids"] > 0)
   sizes = dict(embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
   model = Transformer(ModelConfig(vocab_size=320, init_std=0.5, **sizes))
   params = model.init(key, batch["tokens"])["params"]
@@ -349,7 +350,7 @@ def test_every_objective_key_reaches_the_loss():
   def losses():
     values = {}
     for name, objective in objectives.items():
-      rows = train.PREPARE[objective.kind](objective, 4, batch, key)
+      rows = train.PREPARE[objective.kind](objective, 4, batch, jnp.int32(0), key)
       pattern = train.attention_pattern(objective, 0, key)
       (total, weight), _ = train.loss_of(model, objective, pattern, params, rows)
       values[name] = total / weight
@@ -358,9 +359,40 @@ def test_every_objective_key_reaches_the_loss():
   changes = dict(
     kind="autoregressive", anneal_steps=3, t_sampler="stratified", weight="1-t",
     normaliser="sequence", truncate_prob=1.0, prefix_prob=1.0,
+    condition_steps=9,
   )  # fmt: skip
   assert changes.keys() == {field.name for field in dataclasses.fields(train.Objective)}
   objectives = {name: train.Objective(**{name: value}) for name, value in changes.items()}
   objectives["default"] = train.Objective()
   values = {name: float(value) for name, value in losses().items()}
   assert len(set(values.values())) == len(values), values
+
+
+def test_samples_are_written_at_each_evaluation(home, tmp_path):
+  changes = {"eval.samples": 3, "eval.sample_tokens": 8, "eval.sample_steps": 4}
+  tiny.run_training(tiny.config(home, None, changes), tmp_path / "run")
+  for step in (6, 12):
+    lines = (tmp_path / "run" / "samples" / f"{step}.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 3 and all(sample["prompt"] for sample in samples)
+    assert any(sample["completion"] for sample in samples)
+
+
+def test_prompts_are_noised_in_a_falling_share_of_rows():
+  """Instruction data: from all rows to none over `condition_steps`, responses always."""
+  key = jax.random.key(0)
+  tokens_BL = jnp.full((400, 12), 7)
+  index_BL = jnp.broadcast_to(jnp.arange(12), tokens_BL.shape)
+  batch = {
+    "tokens": tokens_BL, "segment_ids": jnp.ones_like(tokens_BL), "positions": index_BL,
+    "prompt": index_BL < 5, "maskable": index_BL >= 5,
+  }  # fmt: skip
+  objective = train.Objective(condition_steps=10)
+  for step, share in [(0, 1.0), (4, 0.6), (9, 0.1), (10, 0.0), (50, 0.0)]:
+    rows = train.PREPARE["diffusion"](objective, 4, batch, jnp.int32(step), key)
+    noised_B = rows["maskable"][:, 1:5].any(1)
+    assert abs(float(noised_B.mean()) - share) < 0.08
+    assert (rows["maskable"][:, 1:5].all(1) == noised_B).all()  # a row's prompt is noised or not
+    assert not rows["maskable"][:, 0].any() and rows["maskable"][:, 5:].all()
+  rows = train.PREPARE["diffusion"](train.Objective(), 4, batch, jnp.int32(0), key)
+  assert (rows["maskable"] == batch["maskable"]).all()

@@ -193,6 +193,44 @@ class TrainBatches:
     self._iterator.set_state({"next_index": int(state["next_index"])})
 
 
+def parts(rows) -> dict:
+  """{source: its rows} of a mixture or of a dict of rows; {"": rows} for a single source."""
+  return getattr(rows, "parts", rows if isinstance(rows, dict) else {"": rows})
+
+
+def sources_seen(rows, count_rows) -> dict:
+  """{"data/<source>_tokens", "data/<source>_epochs"} after `count_rows` rows of a mixture.
+
+  By arithmetic, so that it is exact after a restart and the same on all processes. {} for a single
+  source.
+  """
+  seen = {}
+  for name, taken in rows.rows_taken(count_rows).items() if isinstance(rows, Mixture) else ():
+    seen[f"data/{name}_tokens"] = taken * rows.seq_len
+    seen[f"data/{name}_epochs"] = taken / len(rows.parts[name])
+  return seen
+
+
+def prompts(rows, count, num_tokens):
+  """Beginnings of held-out rows to continue: (prompts, what followed), lists of lists of ids.
+
+  A row with a `prompt` gives that and its answer; of another one, up to `num_tokens` tokens that
+  begin a document and as many as follow. The same rows in every run.
+  """
+  begun, followed = [], []
+  for row in np.random.default_rng(1).permutation(len(rows)).tolist():
+    if len(begun) == count:
+      break
+    row = rows[row]
+    own_L = row["segment_ids"] == row["segment_ids"][0]
+    tokens = row["tokens"][own_L]
+    cut = int(np.argmin(row["prompt"][own_L])) if "prompt" in row else min(num_tokens, len(tokens) // 2)
+    if cut > 0:
+      begun.append(tokens[:cut].tolist())
+      followed.append(tokens[cut : cut + num_tokens].tolist())
+  return begun, followed
+
+
 def held_out_batches(rows: PackedRows, count_rows: int, rows_per_batch: int, shard=(0, 1)):
   """Yields a fixed sample of the held-out rows, the same in every run.
 

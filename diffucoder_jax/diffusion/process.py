@@ -73,6 +73,20 @@ def forward_process(key, tokens_BL, maskable_BL, mask_id, t_sampler="uniform"):
   return mask_tokens(mask_key, tokens_BL, maskable_BL, mask_id, t_B)
 
 
+def unconditional(key, prompt_BL, share):
+  """The prompt tokens that are noised like all others, in a random `share` of the rows; bool [B, L].
+
+  DiffuCoder's instruction tuning starts from weights that never saw a clean prompt, and turns the
+  conditional mask on progressively in its first epoch (paper, B.1). How is not said: here each row
+  is drawn on its own, and the caller lowers `share` linearly.
+
+  Args:
+    key: PRNG key. prompt_BL: bool, the prompts but for each row's first token. share: in [0, 1].
+  """
+  u_B = jax.vmap(lambda k: jax.random.uniform(k))(row_keys(key, prompt_BL.shape[0]))
+  return prompt_BL & (u_B < share)[:, None]
+
+
 def vary_rows(key, segment_ids_BL, maskable_BL, truncate_prob, prefix_prob):
   """Shortens some rows to a random length and keeps a random prefix of some others clean.
 
