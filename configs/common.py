@@ -30,7 +30,9 @@ def base(model, **model_changes):
     condition_steps=0,
   )
   c.data = config_dict.create(
-    source="stdlib",  # stdlib, folder, jsonl, parquet, array_record or tfds
+    # Texts, tokenised at start: stdlib, folder, jsonl, parquet, array_record or tfds. Tokenised by
+    # `prepare dataset`: mixture. Instruction data: conversations.
+    source="stdlib",
     path="",
     pattern="**/*.py",
     text_key="content",
@@ -38,6 +40,14 @@ def base(model, **model_changes):
     on_undecodable="error",  # or "skip", which counts and names them
     seq_len=256,
     global_batch=32,
+    mixture=config_dict.create(),  # name=config_dict.create(path=DIR of `prepare dataset`, share=...)
+    # Of conversations only:
+    schema="",  # opencoder, leetcode, messages, ...; see diffucoder_jax/data/instructions.py
+    on_broken="error",  # or "skip", which counts and names them
+    system="",  # the system message where a conversation has none
+    padding="fixed",  # all pads of a row are learnt; "flexible": `flexible_pads` of them
+    flexible_pads=32,
+    over_long="error",  # or "truncate", "drop"
   )
   c.optim = config_dict.create(
     steps=1000,

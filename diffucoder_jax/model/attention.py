@@ -1,8 +1,12 @@
 """Who sees whom, rotary positions, and the attention kernels by name."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
+
+from diffucoder_jax.model import blockwise
 
 
 @flax.struct.dataclass
@@ -92,7 +96,8 @@ def _xla(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
   return jax.nn.dot_product_attention(q_BLHK, k_BMJK, v_BMJK, mask=mask_B1LM, implementation="xla")
 
 
-IMPLEMENTATIONS = {"xla": _xla}
+# "xla" holds the scores of all pairs, "blockwise" those of one block of pairs at a time.
+IMPLEMENTATIONS = {"xla": _xla, "blockwise": functools.partial(blockwise.attend, visible)}
 
 
 def attend(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern, implementation="xla"):

@@ -1,0 +1,155 @@
+import collections
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diffucoder_jax.data import chat, instructions, problems, toy_problems
+from diffucoder_jax.data.problems import Problem
+from diffucoder_jax.data.tokenizer import train_sentencepiece
+
+# Runs (answer, tests) pairs; prints how many tests of each pass.
+JUDGE = """
+import json, sys
+for answer, tests in json.load(sys.stdin):
+  names, passed = {}, 0
+  exec(answer, names)
+  for test in tests:
+    try:
+      exec(test, names)
+      passed += 1
+    except Exception:
+      pass
+  print(passed)
+"""
+
+
+def judge(pairs):
+  """How many of its tests each answer passes; the answers are ours, so no sandbox."""
+  done = subprocess.run([sys.executable, "-I", "-c", JUDGE], input=json.dumps(list(pairs)),
+                        capture_output=True, text=True, check=True, timeout=60)
+  return [int(line) for line in done.stdout.split()]
+
+
+def all_tests(problem):
+  return [*problem.tests, *problem.plus_tests]
+
+
+@pytest.fixture(scope="module")
+def toys():
+  return toy_problems.make_problems()
+
+
+def test_every_reference_passes_its_asserts(toys):
+  # The expected values come from functions that the references know nothing of.
+  made = [*toys[0], *toys[1]]
+  passed = judge((p.reference, ["\n".join(all_tests(p))]) for p in made)
+  assert passed == [1] * len(made)
+  assert judge((chat.answer_of(p.answer), all_tests(p)) for p in made[::100]) == [8] * 42
+
+
+def test_numbers_and_shape(toys):
+  train, test = toys
+  assert (len(train), len(test)) == (4000, 200)
+  ids = [p.task_id for p in (*train, *test)]
+  assert len(set(ids)) == 4200 and ids[0] == "toy/train/0" and ids[-1] == "toy/test/199"
+  for p in (*train, *test):
+    assert p.source == "toy" and len(p.tests) == 3 and len(p.plus_tests) == 5
+    assert len(set(all_tests(p))) == 8
+    description, signature = p.prompt.split("\n")
+    assert description[0].isupper() and description.endswith(".") and "{" not in description
+    assert "[" not in description and "  " not in description
+    assert signature.startswith(f"def {p.entry_point}(") and p.reference.startswith(signature + "\n")
+  kinds = collections.Counter(p.prompt.split("(")[1] for p in test)
+  assert set(kinds) == {p.prompt.split("(")[1] for p in train} and min(kinds.values()) >= 3
+
+
+def test_train_and_test_share_no_question_and_no_function(toys):
+  train, test = toys
+
+  def behaviour(p):
+    """What the reference computes on all inputs of its kind, found by running it."""
+    names = {}
+    exec(p.reference, names)
+    argument = p.reference.split("(")[1].split(")")[0]
+    kind = next(k for k, known in toy_problems.ARGUMENTS.items() if argument in known)
+    function, inputs = names[p.entry_point], toy_problems.INPUTS[kind]
+    return kind, tuple(repr(function(*x) if kind == "pair" else function(x)) for x in inputs)
+
+  behaviours = [behaviour(p) for p in (*train, *test)]
+  assert len(set(behaviours)) == len(behaviours)  # also within each side
+  descriptions = [p.prompt.split(".\n")[0] for p in (*train, *test)]
+  assert not set(descriptions[:4000]) & set(descriptions[4000:])
+
+
+def test_asserts_tell_functions_apart(toys):
+  """Answers to other questions with the same signature hardly ever pass."""
+  train, test = toys
+  pairs = []
+  for p in test[:40]:
+    head = p.reference.split("\n")[0]
+    others = [q for q in train if q.reference.split("\n")[0] == head]
+    pairs += [(q.reference, all_tests(p)) for q in others[:40]]
+  passed = judge(pairs)
+  assert len(pairs) > 1000
+  assert sum(n == 8 for n in passed) <= 1
+  # But tests are passed in part, so that a reward has more to say than yes or no.
+  assert sum(0 < n < 8 for n in passed) > len(pairs) // 10
+
+
+def test_deterministic_and_independent_of_the_train_size(toys):
+  train, test = toys
+  fewer, same = toy_problems.make_problems(train=10)
+  assert same == test and fewer == train[:10]
+  assert toy_problems.make_problems(10, 20, seed=1)[1] != test[:20]
+  # Nothing hangs on the order of sets or the salt of hashes: another process makes the same.
+  code = "from diffucoder_jax.data import toy_problems as t\nprint(t.make_problems(10, 200))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)})
+  assert done.stdout == f"{(fewer, same)}\n"
+  with pytest.raises(ValueError, match="asked for 100000 . 200 problems, and there are only"):
+    toy_problems.make_problems(100_000)
+
+
+def test_written_problems_are_instruction_data(toys, tmp_path, tokenizer):
+  path = tmp_path / "deep" / "toys.jsonl"
+  problems.write_problems(toys[1], path)
+  assert problems.read_problems(path) == toys[1]
+  found, broken = instructions.read_conversations(path, "opencoder")
+  assert len(found) == 200 and not broken
+  for conversation, p in zip(found, toys[1], strict=True):
+    user, assistant = conversation.messages
+    assert user["content"] == p.prompt and chat.answer_of(assistant["content"]) == p.reference
+    prompt, response = chat.render(conversation.messages, tokenizer, system="")
+    assert p.reference.rstrip() in tokenizer.decode(response)
+    assert response.count(tokenizer.end_of_turn_id) == 1
+
+
+def test_conversations_of_toys_fit_a_short_row(toys, tmp_path, training_texts):
+  """With a vocabulary of 1,000 pieces trained on Python, every problem fits into 96 tokens."""
+  texts = [*training_texts, *(p.prompt + "\n" + p.answer for p in toys[0][:300])]
+  tokenizer = train_sentencepiece(texts, tmp_path / "tokenizer.model", vocab_size=1000)
+  sizes = [sum(map(len, chat.render(
+    [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.answer}],
+    tokenizer, system=""))) for p in (*toys[0][::10], *toys[1])]
+  assert max(sizes) <= 96
+
+
+PROBLEM = Problem("a/1", "Add.", "f", ("assert f(1) == 2",), (), "def f(x):\n    return x + 1\n", "a")
+
+
+def test_problem_errors(tmp_path):
+  path = tmp_path / "p.jsonl"
+  with pytest.raises(ValueError, match="two problems are called 'a/1'"):
+    problems.write_problems([PROBLEM, PROBLEM], path)
+  problems.write_problems([PROBLEM], path)
+  assert problems.read_problems(path) == [PROBLEM]
+  row = json.loads(path.read_text())
+  del row["tests"]
+  path.write_text(json.dumps(row) + "\n{")
+  with pytest.raises(ValueError, match="p.jsonl:1 has no 'tests'"):
+    problems.read_problems(path)
+  path.write_text("{")
+  with pytest.raises(ValueError, match="p.jsonl:1 is not JSON"):
+    problems.read_problems(path)

@@ -1,0 +1,90 @@
+"""Every config builds, and the full-size ones lower: the step a pod would run, without its memory."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from diffucoder_jax import train
+from diffucoder_jax.hf import load
+from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.transformer import Transformer, init_params
+from diffucoder_jax.runtime import optim, sharding
+from tests import tiny
+
+STAGES = ("adapt_7b", "midtrain_7b", "sft_7b")
+NAMES = sorted(
+  path.stem
+  for path in (tiny.ROOT / "configs").glob("*.py")
+  if path.stem not in ("__init__", "common")
+)
+
+
+def config_of(name, arg=None):
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds(name):
+  module = importlib.import_module(f"configs.{name}")
+  assert "python -m diffucoder_jax." in module.__doc__
+  c = module.get_config()
+  ModelConfig(**c.model)
+  train.Objective(**c.objective)
+  optim.make_optimizer(c.optim)
+  with pytest.raises(ValueError, match=f"configs/{name}.py"):
+    module.get_config("no such argument")
+  for change in getattr(module, "sweep", lambda: [])():
+    module.get_config().unlock().update_from_flattened_dict(change)
+    flat = module.get_config().to_dict()
+    for key in change:
+      node = flat
+      for part in key.split("."):
+        assert part in node, f"sweep of {name} sets {key}, which does not exist"
+        node = node[part]
+
+
+@pytest.mark.parametrize("arg", [None, "0_5b"])
+@pytest.mark.parametrize("name", STAGES)
+def test_full_size_steps_lower(name, arg):
+  """Shapes, shardings and types of the whole step are right; nothing is allocated."""
+  c = config_of(name, arg)
+  model = Transformer(ModelConfig(**c.model))
+  objective = train.Objective(**c.objective)
+  tx, _ = optim.make_optimizer(c.optim)
+  mesh = sharding.make_mesh(dict(data=2, fsdp=4, tensor=1))
+  with jax.set_mesh(mesh):
+    boxed = jax.eval_shape(
+      lambda key: optim.init_state(init_params(model, key), tx), jax.random.key(0)
+    )
+    state = sharding.abstract(boxed, mesh)
+    shape = (c.data.global_batch, c.data.seq_len)
+    place = sharding.batch_sharding(mesh)
+    batch = {
+      key: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+      for key, dtype in dict(
+        tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32, maskable=bool
+      ).items()
+    }
+    if c.data.source == "conversations":
+      batch["prompt"] = batch["maskable"]
+    step = functools.partial(train.train_step, model, tx, objective, 151666, c.optim.accumulate)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch, jax.random.key(1))
+  after, metrics = lowered.out_info
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+  assert metrics["loss"].shape == ()
+  count = sum(x.size for x in jax.tree.leaves(load.abstract_params(model.config, mesh)))
+  assert count == (7_615_616_512 if arg is None else 494_032_768)
+
+
+def test_a_misspelt_key_fails_by_name():
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", str(tiny.ROOT / "configs" / "sft_7b.py"), flag_values=values
+  )
+  with pytest.raises(Exception, match="condition_step"):
+    values(["program", "--config.objective.condition_step=3"])
