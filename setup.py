@@ -14,6 +14,7 @@ setup(
   packages=find_packages(include=["diffucoder_jax*", "configs*"]),
   install_requires=[
     "absl-py",
+    "array_record",
     "etils[epath]",
     "flax>=0.12",
     "grain>=0.2.18",
@@ -34,8 +35,17 @@ setup(
     "cuda": ["jax[cuda13]>=0.10"],
     "report": ["matplotlib>=3.9"],
     "parquet": ["pyarrow"],
+    "prepare": ["pyarrow", "rensa>=0.5"],
     "gcs": ["gcsfs"],
     "torch": ["torch", "transformers>=4.46"],
-    "test": ["pytest>=8", "pytest-xdist", "ruff", "matplotlib>=3.9", "pyarrow", "safetensors"],
+    "test": [
+      "pytest>=8",
+      "pytest-xdist",
+      "ruff",
+      "matplotlib>=3.9",
+      "pyarrow",
+      "rensa>=0.5",
+      "safetensors",
+    ],
   },
 )

@@ -1,23 +1,26 @@
-"""Prepares what the other programs read: a tokenizer for a corpus, prompts from its held-out files.
+"""Prepares what the other programs read: a tokenizer, a tokenised dataset, prompts to complete.
 
 python -m diffucoder_jax.prepare tokenizer --config=CONFIG --output=DIR/tokenizer.model
+python -m diffucoder_jax.prepare dataset --config=CONFIG --config.tokenizer=DIR --output=DATASET
 python -m diffucoder_jax.prepare prompts --config=CONFIG --config.tokenizer=DIR --output=DIR/prompts.jsonl
 """
 
 import json
+import os
 import time
 
 from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
+from diffucoder_jax.data import dataset as dataset_lib
 from diffucoder_jax.data import functions, sources
 from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 PROMPTS = 4  # of each kind
 
 
-def tokenizer(config, output):
+def tokenizer(config, output, _=None):
   """Trains a tokenizer of `model.vocab_size` pieces on the corpus's training side; writes `output`."""
   began = time.monotonic()
   documents, dropped = sources.read_documents(config.data)
@@ -36,7 +39,12 @@ def tokenizer(config, output):
   )
 
 
-def prompts(config, output):
+def dataset(config, output, workers=None):
+  """Filters, deduplicates and tokenises the corpus into the folder `output`; goes on after a kill."""
+  dataset_lib.build(config, output, workers or os.cpu_count())
+
+
+def prompts(config, output, _=None):
   """Writes held-out functions as jsonl for `generate`: some to complete, some with a hole to fill.
 
   A hole is one line from the middle of a body, and says how many tokens were there. All fit into
@@ -69,7 +77,7 @@ def prompts(config, output):
   print(f"prompts: {len(rows)} from {len(held_out)} held-out files, {output}")
 
 
-COMMANDS = {"tokenizer": tokenizer, "prompts": prompts}
+COMMANDS = {"tokenizer": tokenizer, "dataset": dataset, "prompts": prompts}
 
 
 if __name__ == "__main__":
@@ -77,11 +85,14 @@ if __name__ == "__main__":
     "config", None, "a config with the corpus", lock_config=True
   )
   _OUTPUT = flags.DEFINE_string("output", None, "where to write")
+  _WORKERS = flags.DEFINE_integer(
+    "workers", None, "processes of `dataset`; all cores by default", 1
+  )
   flags.mark_flags_as_required(["config", "output"])
 
   def _main(argv):
     if len(argv) != 2 or argv[1] not in COMMANDS:
       raise app.UsageError(f"say what to prepare, one of {sorted(COMMANDS)}, got {argv[1:]}")
-    COMMANDS[argv[1]](_CONFIG.value, _OUTPUT.value)
+    COMMANDS[argv[1]](_CONFIG.value, _OUTPUT.value, _WORKERS.value)
 
   app.run(_main)

@@ -1,8 +1,13 @@
-"""The preparing program: a tokenizer that training can use, the same each time."""
+"""The preparing program: a tokenizer and a dataset that training can use, the same each time."""
 
 import pathlib
+import random
+import sysconfig
 
-from diffucoder_jax.data import sources
+import pytest
+
+from configs import prepare_stdlib
+from diffucoder_jax.data import dataset, records, sources
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from tests import tiny
 
@@ -59,3 +64,68 @@ def test_the_real_program(home, tmp_path):
   done = tiny.run("prepare", ["tokeniser", *common])
   assert done.returncode != 0 and "say what to prepare, one of" in done.stderr
   assert "tokenizer" in done.stderr and "got ['tokeniser']" in done.stderr
+
+
+def dataset_settings(home, changes=()):
+  """Flat config overrides that make configs/prepare_stdlib.py read `home`."""
+  return {"data.source": "folder", "data.path": home.corpus, "tokenizer": home.tokenizer,
+          **dict(changes)}  # fmt: skip
+
+
+def dataset_flags(settings, output, workers):
+  values = [f"--config.{key}={value}" for key, value in settings.items()]
+  common = ["dataset", "--config=configs/prepare_stdlib.py", f"--output={output}"]
+  return [*common, f"--workers={workers}", *values]
+
+
+def build_here(settings, output):
+  c = prepare_stdlib.get_config()
+  c.lock()
+  c.update_from_flattened_dict(settings)
+  return dataset.build(c, output, 1)
+
+
+def test_dataset_by_the_real_program(home, tmp_path):
+  """One command makes a dataset; the same again does nothing, another is refused."""
+  pytest.importorskip("rensa")
+  settings = dataset_settings(home)
+  done = tiny.run("prepare", dataset_flags(settings, tmp_path / "out", 1))
+  assert done.returncode == 0, done.stderr
+  made = records.read_manifest(tmp_path / "out")
+  assert f"sha256 {made['sha256'][:16]}" in done.stdout and "documents/s" in done.stdout
+  before = tiny.contents(tmp_path / "out")
+  build_here(settings, tmp_path / "here")
+  assert tiny.contents(tmp_path / "here") == before
+  settings = dataset_settings(home, {"prepare.min_bytes": 100})
+  done = tiny.run("prepare", dataset_flags(settings, tmp_path / "out", 1))
+  assert done.returncode != 0 and "prepare.min_bytes: 32 -> 100" in done.stderr
+  assert tiny.contents(tmp_path / "out") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_dataset_killed_at_random_is_the_same(home, tmp_path, seed):
+  """Killed five times while it prepares and once while it writes shards, by any number of workers."""
+  pytest.importorskip("rensa")
+  source = pathlib.Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
+  changes = {"data.path": str(source), "prepare.chunk_bytes": 8000, "prepare.shard_bytes": 50_000}
+  settings = dataset_settings(home, changes)
+  out, chunks = tmp_path / "out", tmp_path / "out" / "work" / "chunks"
+  expected = build_here(settings, tmp_path / "here")
+  assert len(expected["shards"]) > 5
+  order = random.Random(seed)
+  stops = sorted(order.sample(range(1, 25), 5))
+  kills = [lambda stop=stop: len(list(chunks.glob("*/chunk.json"))) >= stop for stop in stops]
+  kills.append(lambda: len(list((out / "work" / "shards").glob("*.json"))) >= 2)
+  middle = 0
+  for reached in kills:
+    process = tiny.start("prepare", dataset_flags(settings, out, order.choice((1, 2))),
+                         tmp_path / "log")  # fmt: skip
+    tiny.wait_until(reached, process)
+    process.kill()
+    process.wait()
+    middle += not (out / "manifest.json").exists()
+  assert middle >= 3, "it was too quick to be interrupted"
+  done = tiny.run("prepare", dataset_flags(settings, out, 2))
+  assert done.returncode == 0, done.stderr
+  assert tiny.contents(out) == tiny.contents(tmp_path / "here")
