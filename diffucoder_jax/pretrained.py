@@ -13,6 +13,7 @@ from etils import epath
 
 from diffucoder_jax.data.tokenizer import Tokenizer, load_tokenizer
 from diffucoder_jax.hf import load, mapping
+from diffucoder_jax.model import lora
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.model.transformer import Transformer, unembed
 from diffucoder_jax.runtime import checkpoint, sharding
@@ -22,6 +23,10 @@ WEIGHTS_DEPEND_ON = (
   "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
   "qkv_bias", "tied_head", "rope_theta", "norm_eps",
 )  # fmt: skip
+MERGE_FIRST = (
+  "; or make a Hugging Face folder of it first (python -m diffucoder_jax.convert), which merges "
+  "adapters into the weights"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +68,7 @@ def from_pretrained(path, mesh=None, param_dtype=None):
   return Pretrained(config=config, params=params, tokenizer=tokenizer, mesh=mesh, **special)
 
 
-def load_params(path, model_config, abstract_params):
+def load_params(path, model_config, abstract_params, key=None):
   """Loads the parameters alone, for a network that is already there: what training starts from.
 
   Args:
@@ -71,28 +76,34 @@ def load_params(path, model_config, abstract_params):
     model_config: the network's `ModelConfig`. Its shape and its numerics must be the checkpoint's;
       the attention pattern, the frozen id and the dtypes are the caller's choice.
     abstract_params: its parameters as `jax.ShapeDtypeStruct` with their shardings.
+    key: PRNG key of the adapters that are made when the config has some and `path` has none.
   Returns:
-    the tree of arrays, placed as asked, in `model_config.param_dtype`.
+    the tree of arrays, placed as asked, in `model_config.param_dtype` (adapters in float32).
   Raises:
     FileNotFoundError, ValueError: as `from_pretrained`; names every field that differs.
   """
   saved, _, is_hf, _ = describe(path)
+  fields = WEIGHTS_DEPEND_ON + (("lora_rank", "lora_alpha") if saved.lora_rank else ())
   differ = [
     f"{field} is {getattr(saved, field)} there and {getattr(model_config, field)} in the config"
-    for field in WEIGHTS_DEPEND_ON
+    for field in fields
     # Some files carry 1e-5 as 9.9999997e-06.
     if not math.isclose(getattr(saved, field), getattr(model_config, field), rel_tol=1e-6)
   ]
   if differ:
     raise ValueError(
       f"{path} holds another network than the config's: model.{'; model.'.join(differ)}. Set these "
-      "to the checkpoint's values"
+      "to the checkpoint's values" + MERGE_FIRST * bool(saved.lora_rank)
     )
   mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
-  if is_hf:
-    return load.load_params(path, model_config, mesh)
+  fresh = model_config.lora_rank > 0 and not saved.lora_rank
   with jax.set_mesh(mesh):  # the caller may be on another one
-    return checkpoint.restore_params(path, abstract_params)
+    if is_hf:
+      params = load.load_params(path, model_config, mesh)
+    else:
+      wanted = lora.without_adapters(abstract_params) if fresh else abstract_params
+      params = checkpoint.restore_params(path, wanted)
+    return lora.with_adapters(params, model_config, abstract_params, key) if fresh else params
 
 
 def load_tokenizer_of(path):

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from diffucoder_jax import completion, pretrained
+from diffucoder_jax.data import corpus as corpora
 from diffucoder_jax.data import pipeline
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion import loss, process
@@ -180,7 +181,7 @@ def initial_state(config, mesh, model, tx, key):
     if not config.init_from:
       return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=placed)(key)
     logging.info("parameters from %s", config.init_from)
-    params = pretrained.load_params(config.init_from, model.config, abstract.params)
+    params = pretrained.load_params(config.init_from, model.config, abstract.params, key)
     return jax.jit(functools.partial(optim.init_state, tx=tx), out_shardings=placed)(params)
 
   return abstract, make
@@ -236,7 +237,7 @@ def main(config, workdir):
   tx, learning_rate = optim.make_optimizer(config.optim)
   tokenizer = open_tokenizer(config)
   check_tokenizer(tokenizer, model.config, objective)
-  corpus = pipeline.load_corpus(config.data, tokenizer, config.seed)
+  corpus = corpora.open_corpus(config.data, tokenizer, config.seed)
   batches = pipeline.train_batches(
     corpus.train, config.data, config.seed, sharding.batch_shard(mesh)
   )
@@ -247,6 +248,7 @@ def main(config, workdir):
   if sharding.is_main_process():
     tokenizer.save(workdir)
   abstract, make_state = initial_state(config, mesh, model, tx, init_key)
+  optim.log_trained(abstract.params)
   manager = checkpoint.open_manager(workdir, config.checkpoint)
   resumed = checkpoint.resume(manager, workdir, abstract, as_json)
   if resumed is None:

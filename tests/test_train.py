@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,47 @@ def test_accumulation_changes_nothing(finished, home, tmp_path):
   tiny.run_training(tiny.config(home, None, {"optim.accumulate": 2}), tmp_path / "run")
   for row, wanted in zip(tiny.rows(tmp_path / "run"), tiny.rows(whole), strict=True):
     assert row == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  "arg, metric", [pytest.param("ar", "loss", marks=pytest.mark.slow), ("adapt", "masked_nll")]
+)
+def test_adapters_learn_while_the_weights_stay(home, autoregressive, tmp_path, arg, metric, caplog):
+  """New text is learnt by the adapters alone; a stop on the way changes nothing."""
+  changes = {
+    "init_from": str(autoregressive), "model.lora_rank": 4, "model.lora_alpha": 8.0,
+    "optim.accumulate": 2, "optim.steps": 8, "optim.lr": 1e-2, "eval.every": 0,
+  }  # fmt: skip
+  c = tiny.config(home, arg, changes)
+  with caplog.at_level("INFO"):
+    tiny.run_training(c, tmp_path / "whole")
+  assert "training 8,192 of 148,032 parameters (5.53 %)" in caplog.text
+  values = [row[metric] for row in tiny.rows(tmp_path / "whole") if metric in row]
+  assert np.mean(values[-2:]) < 0.9 * values[0]
+  before, after = tiny.params(autoregressive), tiny.params(tmp_path / "whole")
+  adapters = {name for name in after if "_lora'" in name}
+  assert after.keys() - adapters == before.keys()
+  for name, leaf in before.items():
+    assert after[name].tobytes() == leaf.tobytes(), name
+  assert all(np.any(after[name]) for name in adapters)
+  if arg == "ar":
+    return  # to stop one of them is enough
+
+  take, taken = pipeline.TrainBatches.__next__, []
+
+  def take_and_stop(self):
+    taken.append(self)
+    if len(taken) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return take(self)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pipeline.TrainBatches, "__next__", take_and_stop)
+    with pytest.raises(SystemExit):
+      tiny.run_training(c, tmp_path / "run")
+  assert tiny.steps_on_file(tmp_path / "run") == [3]
+  tiny.run_training(c, tmp_path / "run")
+  tiny.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 # --- It reports what it promises.

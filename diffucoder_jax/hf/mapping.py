@@ -9,6 +9,8 @@ Source of the names: the state dict that Qwen2, Llama and Dream share in `transf
 import math
 from typing import NamedTuple
 
+from diffucoder_jax.runtime.optim import ADAPTER
+
 MODEL_TYPES = {"Dream": "full", "qwen2": "causal", "llama": "causal"}  # and how they attend
 
 # The file may hold these; they are made of the config and are not weights.
@@ -131,6 +133,20 @@ def our_shape(row, config):
   """The shape of this row's leaf in our tree."""
   sizes = _sizes(config)
   return (config.num_layers,) * row.stacked + tuple(sizes[letter] for letter in row.ours)
+
+
+def adapter_shapes(row, config):
+  """{"path/of/leaf": shape} of the adapter beside this row's leaf; empty where there is none.
+
+  All projections of the layers have one, and these are what Hugging Face stores as "outputs inputs".
+  """
+  outputs, *inputs = row.theirs.split()
+  if not (config.lora_rank and row.stacked and inputs):
+    return {}
+  sizes, path = _sizes(config), "/".join(row.path) + ADAPTER + "/"
+  one, other = (tuple(sizes[letter] for letter in group) for group in (*inputs, outputs))
+  layers, rank = config.num_layers, config.lora_rank
+  return {path + "a": (layers, *one, rank), path + "b": (layers, rank, *other)}
 
 
 def hf_shapes(config):

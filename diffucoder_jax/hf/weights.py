@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from diffucoder_jax.hf import load, mapping, shards
+from diffucoder_jax.model import lora
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime import checkpoint, streaming
 
@@ -23,13 +24,17 @@ class Weights:
 
   Attributes:
     config: `ModelConfig`.
-    tensors: {Hugging Face name: `shards.Tensor`}, layer after layer.
+    tensors: {Hugging Face name: `shards.Tensor`}, layer after layer. Adapters of a checkpoint are
+      merged into them: pieces of such a tensor are float32 whatever its dtype says is stored.
     check: () -> None; call it when all was read. Raises if that is not what was once saved.
+    apart: the tensors without adapters, and the adapters as {"params/path/of/leaf":
+      `streaming.StoredArray`}; None if there are none.
   """
 
   config: ModelConfig
   tensors: dict[str, shards.Tensor]
   check: Callable[[], None]
+  apart: tuple[dict[str, shards.Tensor], dict[str, streaming.StoredArray]] | None = None
 
   def dtype(self):
     """The dtype that all tensors are stored in; ValueError, naming two of them, if there are more."""
@@ -67,34 +72,46 @@ def from_folder(folder, config, stack):
 def from_checkpoint(path, config):
   """Opens the weights of one of our checkpoints, written on any mesh; reads no array yet.
 
+  Adapters are merged tensor by tensor, each when it is read, as `lora.merge` does.
+
   Args: path: workdir, its checkpoints/, or the folder of one step. config: its `ModelConfig`.
   Raises:
     ValueError: names a leaf that is missing, unexpected or mis-shaped. DamagedCheckpoint.
   """
   arrays, _, step_dir = streaming.open_arrays(path)
   found = {name: array for name, array in arrays.items() if name.startswith("params/")}
-  wanted = {"params/" + "/".join(row.path): row for row in mapping.rows(config)}
+  wanted = {}
+  for row in mapping.rows(config):
+    shapes = {"/".join(row.path): mapping.our_shape(row, config)}
+    shapes |= mapping.adapter_shapes(row, config)
+    wanted |= {"params/" + path: shape for path, shape in shapes.items()}
   problems = [f"{name} is missing" for name in wanted if name not in found]
   problems += [f"{name} is not part of the network" for name in found if name not in wanted]
-  for name in wanted.keys() & found.keys():
-    shape = mapping.our_shape(wanted[name], config)
+  for name in sorted(wanted.keys() & found.keys()):
+    shape = wanted[name]
     if found[name].shape != shape:
       problems.append(f"{name} has shape {list(found[name].shape)}, the network {list(shape)}")
   if problems:
     raise ValueError(
       f"checkpoint {step_dir} does not hold the network of its own config: {'; '.join(problems)}"
     )
-  tensors = {
-    name: _stored(row, i, found["params/" + "/".join(row.path)], config, f"checkpoint {step_dir}")
-    for row in wanted.values()
-    for i, name in enumerate(row.names(config))
-  }
+  tensors, merged, adapters = {}, {}, {}
+  for row in mapping.rows(config):
+    stored = found["params/" + "/".join(row.path)]
+    names = [f"params/{path}" for path in mapping.adapter_shapes(row, config)]
+    adapter = {name: found[name] for name in names}
+    adapters |= adapter
+    for i, name in enumerate(row.names(config)):
+      tensor = _stored(row, i, stored, config, f"checkpoint {step_dir}")
+      tensors[name] = tensor
+      merged[name] = _merged(row, i, tensor, adapter.values(), config) if adapter else tensor
 
   def check():
     for name in wanted:
       found[name].check()
 
-  return Weights(config, _in_order(tensors, config), check)
+  apart = (_in_order(tensors, config), adapters) if adapters else None
+  return Weights(config, _in_order(merged, config), check, apart)
 
 
 def _stored(row, i, array, config, where):
@@ -117,8 +134,28 @@ def _stored(row, i, array, config, where):
   return shards.Tensor(mapping.their_shape(row, config), array.dtype, read, where)
 
 
+def _read_layer(array, i):
+  return array.read((i, *[0] * (len(array.shape) - 1)), (1, *array.shape[1:]))
+
+
+def _merged(row, i, tensor, adapter, config):
+  """A stored tensor with its adapter, the arrays (a, b), added to it in float32."""
+  deltas = []  # What is added is made when the first piece is read, and forgotten after the last.
+
+  def read(first, last):
+    if not deltas:
+      a, b = (_read_layer(array, i)[0] for array in adapter)
+      deltas.append(mapping.to_theirs(row, np.asarray(lora.delta(a, b, config))))
+    piece = tensor.read(first, last).astype(np.float32) + deltas[0][first:last]
+    if last == tensor.shape[0]:
+      deltas.clear()
+    return piece
+
+  return dataclasses.replace(tensor, read=read)
+
+
 def to_arrays(weights, dtype, advance):
-  """Our tree, ready for `streaming.save`.
+  """Our tree, ready for `streaming.save`. Adapters stay adapters, in the dtype they have.
 
   Args:
     weights: `Weights`.
@@ -128,14 +165,26 @@ def to_arrays(weights, dtype, advance):
     {"params/path/of/leaf": `streaming.Incoming`}. Making a piece raises ValueError, naming the
     tensor, for NaN and infinite values.
   """
-  return {
-    "params/" + "/".join(row.path): _incoming(row, weights, dtype, advance)
+  tensors, adapters = weights.apart or (weights.tensors, {})
+  arrays = {
+    "params/" + "/".join(row.path): _incoming(row, tensors, weights.config, dtype, advance)
     for row in mapping.rows(weights.config)
   }
+  return arrays | {name: _copied(array) for name, array in adapters.items()}
 
 
-def _incoming(row, weights, dtype, advance):
-  config = weights.config
+def _copied(array):
+  """One of our arrays that is stacked over the layers, layer by layer as it is."""
+
+  def pieces():
+    for i in range(array.shape[0]):
+      piece = shards.cast(_read_layer(array, i), array.dtype, array.name, "the checkpoint")
+      yield (i, *[0] * (piece.ndim - 1)), piece
+
+  return streaming.Incoming(array.shape, array.dtype, (1, *array.shape[1:]), pieces)
+
+
+def _incoming(row, tensors, config, dtype, advance):
   shape = mapping.our_shape(row, config)
   chunk = _chunk(shape, dtype.itemsize, row.stacked)
   # What has no layers to be cut into is cut along its first dimension over there, at chunk borders.
@@ -143,7 +192,7 @@ def _incoming(row, weights, dtype, advance):
 
   def pieces():
     for i, name in enumerate(row.names(config)):
-      tensor = weights.tensors[name]
+      tensor = tensors[name]
       num_rows, step = tensor.shape[0], tensor.shape[0]
       if not row.stacked:
         chunk_bytes = chunk[axis] * math.prod(shape) // shape[axis] * dtype.itemsize

@@ -33,6 +33,9 @@ class ModelConfig:
   # The embedding row of this id gets no gradient through the input, as torch's `padding_idx` does
   # (Dream freezes its pad = end-of-text row so). -1: every row learns.
   frozen_input_id: int = -1
+  # Low-rank adapters on the projections of every layer, with all else frozen; see model/lora.py.
+  lora_rank: int = 0  # 0: none
+  lora_alpha: float = 32.0  # adapters are multiplied by lora_alpha / lora_rank
 
   def __post_init__(self):
     sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -51,6 +54,10 @@ class ModelConfig:
       raise ValueError(f"model.dtype is {self.dtype!r}; choose 'auto', 'float32' or 'bfloat16'")
     if self.param_dtype not in ("float32", "bfloat16"):
       raise ValueError(f"model.param_dtype is {self.param_dtype!r}; choose 'float32' or 'bfloat16'")
+    if self.lora_rank < 0:
+      raise ValueError(f"model.lora_rank is {self.lora_rank}; give a rank, or 0 for no adapters")
+    if not self.lora_alpha > 0:
+      raise ValueError(f"model.lora_alpha is {self.lora_alpha}; it must be positive")
 
   @property
   def compute_dtype(self):
@@ -99,12 +106,14 @@ def preset(name):
   """The keyword arguments of a named size, to edit and pass to `ModelConfig(**kwargs)`."""
   if name not in PRESETS:
     raise ValueError(f"unknown model preset {name!r}; choose one of {sorted(PRESETS)}")
-  return dict(PRESETS[name])
+  # What no size sets but a command line may: a locked config has no room for keys it lacks.
+  return {"lora_rank": 0, "lora_alpha": 32.0, **PRESETS[name]}
 
 
 def train_flops_per_token(config, seq_len):
   """FLOPs of one training step per token: 6 per weight that multiplies, plus attention.
 
+  With adapters it is 4 per frozen weight, which gets no gradient, and 6 per weight of an adapter.
   The embedding lookup multiplies nothing and is left out, the output matrix is counted. Attention
   costs 12 * layers * heads * head_dim * seq_len (scores and values, forward and backward), half of
   it when causal. Recomputation under remat is not counted: this is model FLOPs, as MFU wants.
@@ -114,5 +123,9 @@ def train_flops_per_token(config, seq_len):
   attention_weights = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
   layer_weights = attention_weights + 3 * c.embed_dim * c.mlp_dim
   weights = c.num_layers * layer_weights + c.embed_dim * c.vocab_size
+  widths = 4 * c.embed_dim + c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+  widths += 3 * (c.embed_dim + c.mlp_dim)  # inputs and outputs of the seven projections
+  adapter_weights = c.num_layers * c.lora_rank * widths
   attention = 12 * c.num_layers * c.num_heads * c.head_dim * seq_len
-  return 6 * weights + attention * (0.5 if c.attention == "causal" else 1.0)
+  attention *= 0.5 if c.attention == "causal" else 1.0
+  return (4 if c.lora_rank else 6) * weights + 6 * adapter_weights + attention

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.runtime.optim import ADAPTER
 from diffucoder_jax.runtime.sharding import batch_shards, constrain
 
 # What the backward pass keeps of each layer. "full" keeps nothing but the layer's input.
@@ -40,6 +41,40 @@ def _project(x, kernel, contracted):
   return flat.reshape(*outer, *inner)
 
 
+def _projected(module, name, x, shape, axes, contracted=1):
+  """x times the kernel `name`, plus what the adapter beside it adds, if the config has adapters."""
+  c = module.config
+  y = _project(x, _weight(module, name, c.init_std, shape, axes), contracted)
+  if c.lora_rank:
+    y += Adapter(c, shape, axes, contracted, name=name + ADAPTER)(x)
+  return y
+
+
+class Adapter(nn.Module):
+  """What LoRA (Hu et al. 2021) adds to x W: (alpha / rank) (x A) B.
+
+  B begins at zero, so that a network begins as the one it adapts. A is normal with a variance of
+  1 / inputs: x A is then as large as x whatever the width, and so is what B learns from. Both are
+  float32 whatever `param_dtype` is: they are small, and bfloat16 would swallow small updates.
+  """
+
+  config: ModelConfig
+  shape: tuple[int, ...]  # of the kernel, and its logical axes
+  axes: tuple[str | None, ...]
+  contracted: int  # so many dimensions of the kernel are inputs
+
+  @nn.compact
+  def __call__(self, x):
+    c, k = self.config, self.contracted
+    init = nn.initializers.normal(math.prod(self.shape[:k]) ** -0.5)
+    init_a = nn.with_logical_partitioning(init, (*self.axes[:k], None))
+    init_b = nn.with_logical_partitioning(nn.initializers.zeros, (None, *self.axes[k:]))
+    a = self.param("a", init_a, (*self.shape[:k], c.lora_rank), jnp.float32)
+    b = self.param("b", init_b, (c.lora_rank, *self.shape[k:]), jnp.float32)
+    h_BLr = constrain(_project(x, a, k), "batch", None, None)
+    return _project(h_BLr * (c.lora_alpha / c.lora_rank), b, 1)
+
+
 class RMSNorm(nn.Module):
   """Root-mean-square norm; the mean is float32, the scale multiplies in the input's dtype."""
 
@@ -66,8 +101,7 @@ class Heads(nn.Module):
   def __call__(self, x_BLD):
     c = self.config
     shape = (c.embed_dim, self.num_heads, c.head_dim)
-    kernel_DHK = _weight(self, "kernel", c.init_std, shape, ("embed", self.axis, None))
-    x_BLHK = _project(x_BLD, kernel_DHK, 1)
+    x_BLHK = _projected(self, "kernel", x_BLD, shape, ("embed", self.axis, None))
     if c.qkv_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis, None))
       bias_HK = self.param("bias", init, shape[1:], c.param_dtype)
@@ -91,8 +125,7 @@ class Attention(nn.Module):
     with jax.named_scope("attend"):
       o_BLHK = attention.attend(q_BLHK, k_BLJK, v_BLJK, segment_ids_BL, pattern, c.attention_impl)
     shape = (c.num_heads, c.head_dim, c.embed_dim)
-    kernel_HKD = _weight(self, "o", c.init_std, shape, ("heads", None, "embed"))
-    return _project(o_BLHK, kernel_HKD, 2)
+    return _projected(self, "o", o_BLHK, shape, ("heads", None, "embed"), contracted=2)
 
 
 class Mlp(nn.Module):
@@ -103,11 +136,11 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_BLD):
     c = self.config
-    gate_DF = _weight(self, "gate", c.init_std, (c.embed_dim, c.mlp_dim), ("embed", "mlp"))
-    up_DF = _weight(self, "up", c.init_std, (c.embed_dim, c.mlp_dim), ("embed", "mlp"))
-    down_FD = _weight(self, "down", c.init_std, (c.mlp_dim, c.embed_dim), ("mlp", "embed"))
-    h_BLF = jax.nn.silu(_project(x_BLD, gate_DF, 1)) * _project(x_BLD, up_DF, 1)
-    return _project(constrain(h_BLF, "batch", None, "mlp"), down_FD, 1)
+    wide, axes = (c.embed_dim, c.mlp_dim), ("embed", "mlp")
+    gate_BLF = _projected(self, "gate", x_BLD, wide, axes)
+    up_BLF = _projected(self, "up", x_BLD, wide, axes)
+    h_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", None, "mlp")
+    return _projected(self, "down", h_BLF, wide[::-1], axes[::-1])
 
 
 class Block(nn.Module):

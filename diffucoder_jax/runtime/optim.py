@@ -1,15 +1,22 @@
-"""The optimiser: AdamW with warm-up, gradient clipping, and gradients summed over micro-batches."""
+"""The optimiser: AdamW with warm-up, gradient clipping, and gradients summed over micro-batches.
 
+A tree of parameters with low-rank adapters in it (branches whose names end in `ADAPTER`) is trained
+in these alone: the rest gets no gradient and no optimiser state, and passes through unchanged.
+"""
+
+import math
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from diffucoder_jax.runtime import sharding
 
 NOT_MATRICES = ("scale", "bias")
+ADAPTER = "_lora"
 
 # Each takes (peak, floor, decay_steps) and gives the learning rate after the warm-up.
 SCHEDULES = {
@@ -26,7 +33,7 @@ class TrainState:
   Attributes:
     step: int32 scalar, number of finished optimiser steps.
     params: tree of parameters.
-    opt_state: Optax state; its moments are float32 and sharded like `params`.
+    opt_state: Optax state; its moments are float32 and sharded like `trained(params)`.
   """
 
   step: jax.Array
@@ -36,7 +43,42 @@ class TrainState:
 
 def init_state(params, tx):
   """A fresh `TrainState`; Linen metadata boxes in `params` carry over to the optimiser's state."""
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+  opt_state = tx.init(trained(params))
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def _adapters(tree):
+  found = {}
+  for name, branch in tree.items():
+    if isinstance(branch, dict):
+      branch = branch if name.endswith(ADAPTER) else _adapters(branch)
+      if branch:
+        found[name] = branch
+  return found
+
+
+def trained(params):
+  """The part of a tree (nested dicts) that training changes: its adapters; all if it has none."""
+  return _adapters(params) or params
+
+
+def joined(params, part):
+  """`params` with the leaves of `part`, nested dicts too, put over its own or beside them."""
+  inner = {
+    name: joined(params[name], branch) if isinstance(branch, dict) and name in params else branch
+    for name, branch in part.items()
+  }
+  return {**params, **inner}
+
+
+def log_trained(params):
+  """One line saying how many parameters are trained; abstract ones will do. Returns both counts."""
+  count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
+  some, every = count(trained(params)), count(params)
+  logging.info(
+    "training %s of %s parameters (%.3g %%)", f"{some:,}", f"{every:,}", 100 * some / every
+  )
+  return some, every
 
 
 def _pick(what, name, choices):
@@ -102,7 +144,8 @@ def make_optimizer(optim_config):
   Args:
     optim_config: steps, lr, warmup_steps, schedule ("cosine", "constant" or "linear"), lr_floor
       (share of lr), b1, b2, eps, weight_decay, decay ("matrices": all but leaves named `scale` or
-      `bias`; "all"), clip_norm (0 = do not clip).
+      `bias`; "all"), clip_norm (0 = do not clip). Adapters are matrices: decay draws both factors
+      to zero, and so the network to the one that it adapts, whose weights never decay.
   Returns:
     (tx, learning_rate_fn): the Optax transformation, and step -> learning rate.
   Raises:
@@ -155,13 +198,13 @@ def accumulated_value_and_grad(loss_fn, params, batch_tree, accumulate):
   Args:
     loss_fn: (params, micro_batch) -> ((loss_sum, weight), aux). `aux` is a dict of (sum, weight)
       pairs of scalars.
-    params: tree of parameters.
+    params: tree of parameters (nested dicts).
     batch_tree: tree of arrays whose first dimension is the global batch B.
     accumulate: number of slices; divides B. 1 builds no loop.
   Returns:
     ((loss, metrics), grads): float32 loss_sum / weight; dict name -> float32 sum / weight for each
-    pair in aux; float32 gradients of the loss. A total weight of 0 (no token was masked) gives 0,
-    also for the gradients, and not NaN.
+    pair in aux; float32 gradients of the loss, for `trained(params)` only: no others are computed.
+    A total weight of 0 (no token was masked) gives 0, also for the gradients, and not NaN.
   Raises:
     ValueError: `accumulate` does not divide the batch.
 
@@ -171,11 +214,11 @@ def accumulated_value_and_grad(loss_fn, params, batch_tree, accumulate):
     raise ValueError(f"optim.accumulate is {accumulate}; it must be at least 1")
 
   def sums(micro_batch):
-    def total(params):
-      (loss_sum, weight), aux = loss_fn(params, micro_batch)
+    def total(part):
+      (loss_sum, weight), aux = loss_fn(joined(params, part), micro_batch)
       return loss_sum, (weight, aux)
 
-    (loss_sum, (weight, aux)), grads = jax.value_and_grad(total, has_aux=True)(params)
+    (loss_sum, (weight, aux)), grads = jax.value_and_grad(total, has_aux=True)(trained(params))
     tree = ((loss_sum, weight), aux, grads)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
@@ -202,7 +245,8 @@ def accumulated_value_and_grad(loss_fn, params, batch_tree, accumulate):
 
 
 def apply_gradients(state, grads, tx):
-  """One optimiser step. Returns the next `TrainState`."""
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  """One optimiser step; `grads` is for `trained(state.params)`. Returns the next `TrainState`."""
+  part = trained(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, part)
+  params = joined(state.params, optax.apply_updates(part, updates))
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state)

@@ -108,3 +108,48 @@ def test_records_pack_as_texts_in_memory_do(bos, eos):
   for i in range(len(two)):
     for key, value in two[i].items():
       np.testing.assert_array_equal(one[i][key], value)
+
+
+def test_prepared_datasets_are_mixed_and_packed(tmp_path, data_config, sentencepiece_tokenizer):
+  """From texts to batches: two prepared datasets, their shares, and what must agree."""
+  pytest.importorskip("rensa")
+  from ml_collections import config_dict
+
+  from diffucoder_jax.data import corpus, dataset
+
+  sentencepiece_tokenizer.save(tmp_path)
+  parts = config_dict.create()
+  for name, share in (("code", 0.75), ("text", 0.25)):
+    folder = tmp_path / f"{name}_texts"
+    folder.mkdir()
+    for i in range(30):
+      (folder / f"{i}.py").write_text("".join(f"{name}_{i}_{j} = {i * j}\n" for j in range(20)))
+    c = config_dict.create(data=data_config.copy_and_resolve_references())
+    c.tokenizer = str(tmp_path / "tokenizer.model")
+    c.data.source, c.data.path, c.data.held_out = "folder", str(folder), 0.2
+    c.prepare = {"near_threshold": 0.0}
+    dataset.build(c, str(tmp_path / name), 1)
+    parts[name] = config_dict.create(path=str(tmp_path / name), share=share)
+  data_config.source, data_config.mixture = "mixture", parts
+  opened = corpus.open_corpus(data_config, sentencepiece_tokenizer, seed=0)
+  assert opened.report["code_share"] == 0.75
+  assert set(opened.held_out) == {"code", "text"}
+  batches = pipeline.train_batches(opened.train, data_config, seed=1)
+  texts = [
+    sentencepiece_tokenizer.decode(row) for _ in range(50) for row in next(batches)["tokens"]
+  ]
+  code = sum("code_" in text for text in texts)
+  assert all(("code_" in text) != ("text_" in text) for text in texts)
+  assert abs(code / len(texts) - 0.75) < 0.1
+  seen = pipeline.sources_seen(opened.train, len(texts))
+  assert seen["data/code_tokens"] == code * data_config.seq_len
+  again = corpus.open_corpus(data_config, sentencepiece_tokenizer, seed=0)
+  assert again.fingerprint == opened.fingerprint
+
+  parts.text.share = 0.5
+  assert (
+    corpus.open_corpus(data_config, sentencepiece_tokenizer, 0).fingerprint != opened.fingerprint
+  )
+  parts.text.path = ""
+  with pytest.raises(ValueError, match="data.mixture.text.path is empty"):
+    corpus.open_corpus(data_config, sentencepiece_tokenizer, seed=0)

@@ -125,6 +125,41 @@ def test_bfloat16_parameters_have_float32_moments():
   assert (after.params["kernel"] < 1).all()
 
 
+def test_where_there_are_adapters_only_they_are_trained(caplog):
+  adapter = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}
+  params = {"dense": {"kernel": jnp.ones((2, 2)), "kernel_lora": adapter, "bias": jnp.ones(2)}}
+  params["lora_norm"] = {"scale": jnp.ones(2)}  # a name that only looks like one
+  part = {"dense": {"kernel_lora": adapter}}
+  assert optim.trained(params) == part
+  with caplog.at_level("INFO"):
+    assert optim.log_trained(params) == (4, 12)
+  assert "training 4 of 12 parameters (33.3 %)" in caplog.text
+  plain = {"dense": {"kernel": jnp.ones((2, 2))}}
+  assert optim.trained(plain) is plain
+
+  def loss_fn(params, batch):
+    dense = params["dense"]
+    y = batch @ (dense["kernel"] + dense["kernel_lora"]["a"] @ dense["kernel_lora"]["b"])
+    return (jnp.sum(y * params["lora_norm"]["scale"][None]), jnp.float32(len(batch))), {}
+
+  tx, _ = optim.make_optimizer(config(warmup_steps=0, weight_decay=0.5))
+  state = optim.init_state(params, tx)
+  for name in ("mu", "nu"):
+    moments = optax.tree.get(state.opt_state, name)
+    assert jax.tree.structure(moments) == jax.tree.structure(part)
+  for accumulate in (1, 2):
+    x = jnp.ones((4, 2))
+    _, grads = optim.accumulated_value_and_grad(loss_fn, state.params, x, accumulate)
+    assert jax.tree.structure(grads) == jax.tree.structure(part)
+    np.testing.assert_allclose(grads["dense"]["kernel_lora"]["a"], np.full((2, 1), 2.0))
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  new = optim.apply_gradients(state, zeros, tx).params
+  for name, leaf in new["dense"].pop("kernel_lora").items():  # both factors decay
+    np.testing.assert_allclose(leaf, 1 - 1e-3 * 0.5, err_msg=name)
+  assert new["dense"]["kernel"] is params["dense"]["kernel"]
+  assert new["lora_norm"] == params["lora_norm"] and "kernel_lora" in params["dense"]
+
+
 class Toy(nn.Module):
   """Two layers with logical axes, as the real network has them."""
 
