@@ -138,8 +138,12 @@ def answer_of(text: str) -> str:
       opened = fence
   if opened is not None:
     (tagged if _is_python(opened) else others).append(text[opened.end() + 1 :])
-  before = [text[: fences[0].start()]] if fences else []
-  candidates = [code for code in (*tagged, *others, *before, text) if code.strip()]
+  # A fence inside a docstring cuts the program: all from the first to the last one; and the text
+  # before the first, which a primer in the prompt opened.
+  more = (
+    [text[fences[0].end() + 1 : fences[-1].start()], text[: fences[0].start()]] if fences else []
+  )
+  candidates = [code for code in (*tagged, *others, *more, text) if code.strip()]
   return next((code for code in candidates if _is_program(code)), (candidates or [""])[0])
 
 

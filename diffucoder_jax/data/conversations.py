@@ -187,8 +187,10 @@ def _checked(data_config):
     raise ValueError(f"data.seq_len must be at least 2, got {data_config.seq_len}")
   if data_config.flexible_pads < 0:
     raise ValueError(f"data.flexible_pads must be at least 0, got {data_config.flexible_pads}")
-  fixed = data_config.padding == "fixed"
-  return data_config.seq_len, data_config.seq_len if fixed else data_config.flexible_pads
+  pads = data_config.seq_len
+  if data_config.padding == "flexible":
+    pads = min(pads, data_config.flexible_pads)
+  return data_config.seq_len, pads
 
 
 def _rendered(found, tokenizer, system):

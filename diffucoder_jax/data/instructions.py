@@ -15,6 +15,7 @@ from diffucoder_jax.data import chat
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 _NAMES_SHOWN = 5
+_ROWS_AT_ONCE = 1024  # of parquet
 
 
 class Conversation(NamedTuple):
@@ -172,7 +173,8 @@ def _parquet(file, columns):
     if not set(columns) & set(known):
       raise ValueError(f"{file} has none of the columns {columns}, only {known}; set data.schema")
     row = 0
-    for batch in table.iter_batches(columns=[name for name in columns if name in known]):
+    columns = [name for name in columns if name in known]
+    for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
       for i in range(batch.num_rows):
         # One by one: text that is no UTF-8 fails where its row has a name.
         yield f"{file}:{row + i}", lambda batch=batch, i=i: batch.slice(i, 1).to_pylist()[0]

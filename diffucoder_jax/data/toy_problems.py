@@ -1,7 +1,7 @@
 """Small programming problems made here, for the quickstart: one or two described operations.
 
-    Keep the numbers above 3 in xs, then double each number.
-    def solve(xs):
+    Take xs, keep the numbers above 3, then sort.
+    def f(xs):
 
 No two problems of train and test compute the same function, however they are worded.
 """
@@ -9,26 +9,24 @@ No two problems of train and test compute the same function, however they are wo
 import hashlib
 import json
 import random
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from diffucoder_jax.data.problems import Problem
 
-NAMES = ("solve", "compute", "run", "process")
 TESTS, PLUS_TESTS = 3, 5
 
 
 class Operation(NamedTuple):
   """One step from a value to a value.
 
-  `phrases` say it in words, the part in brackets only where it comes first; `code` says it in
-  Python. `function` computes it independently of `code`, so that running one checks the other.
+  `phrase` says it in words and `code` in Python, with {k} for the constant and {v} for the variable.
+  `function` computes it independently of `code`, so that running one checks the other.
   """
 
   takes: str
   gives: str
-  phrases: tuple[str, ...]
+  phrase: str
   code: str
   function: Callable
   constants: tuple = (None,)
@@ -55,79 +53,66 @@ _SHORT = (1, 2, 3, 4)
 _LETTERS = ("a", "e", "i", "o", "n", "r", "s", "t")
 
 OPERATIONS = [
-  Operation("number", "number", ("add {k}[ to {o}]", "increase[ {o}] by {k}"),
-            "{v} + {k}", lambda v, k: v + k, _DIGITS),
-  Operation("number", "number", ("subtract {k}[ from {o}]", "decrease[ {o}] by {k}"),
-            "{v} - {k}", lambda v, k: v - k, _DIGITS),
-  Operation("number", "number", ("multiply[ {o}] by {k}",),
-            "{v} * {k}", lambda v, k: v * k, _DIGITS),
-  Operation("number", "number", ("divide[ {o}] by {k} and round down",),
-            "{v} // {k}", lambda v, k: v // k, _DIGITS),
-  Operation("number", "number", ("take the remainder[ of {o}] by {k}",),
+  Operation("number", "number", "add {k}", "{v} + {k}", lambda v, k: v + k, _DIGITS),
+  Operation("number", "number", "subtract {k}", "{v} - {k}", lambda v, k: v - k, _DIGITS),
+  Operation("number", "number", "multiply by {k}", "{v} * {k}", lambda v, k: v * k, _DIGITS),
+  Operation("number", "number", "floor divide by {k}", "{v} // {k}", lambda v, k: v // k, _DIGITS),
+  Operation("number", "number", "take the remainder by {k}",
             "{v} % {k}", lambda v, k: v % k, _DIGITS),
-  Operation("number", "number", ("raise[ {o}] to at least {k}",),
+  Operation("number", "number", "make it at least {k}",
             "max({v}, {k})", lambda v, k: k if v < k else v, _DIGITS),
-  Operation("number", "number", ("limit[ {o}] to at most {k}",),
+  Operation("number", "number", "make it at most {k}",
             "min({v}, {k})", lambda v, k: k if v > k else v, _DIGITS),
-  Operation("number", "number", ("square[ {o}]",), "{v} * {v}", lambda v, _: v**2),
-  Operation("number", "number", ("flip the sign[ of {o}]", "negate[ {o}]"),
-            "-{v}", lambda v, _: 0 - v),
-  Operation("number", "number", ("drop the sign[ of {o}]",),
-            "abs({v})", lambda v, _: v if v > 0 else -v),
-  Operation("pair", "number", ("add a and b",), "a + b", lambda v, _: v[0] + v[1]),
-  Operation("pair", "number", ("subtract b from a",), "a - b", lambda v, _: v[0] - v[1]),
-  Operation("pair", "number", ("multiply a and b",), "a * b", lambda v, _: v[0] * v[1]),
-  Operation("pair", "number", ("take the larger of a and b",),
-            "max(a, b)", lambda v, _: sorted(v)[1]),
-  Operation("pair", "number", ("take the smaller of a and b",),
-            "min(a, b)", lambda v, _: sorted(v)[0]),
-  Operation("pair", "number", ("take the distance from a to b",),
-            "abs(a - b)", lambda v, _: max(v) - min(v)),
-  Operation("numbers", "numbers", ("keep the even numbers[ in {o}]",),
+  Operation("number", "number", "square", "{v} * {v}", lambda v, _: v**2),
+  Operation("number", "number", "flip the sign", "-{v}", lambda v, _: 0 - v),
+  Operation("number", "number", "drop the sign", "abs({v})", lambda v, _: v if v > 0 else -v),
+  Operation("pair", "number", "add them", "a + b", lambda v, _: v[0] + v[1]),
+  Operation("pair", "number", "subtract the second", "a - b", lambda v, _: v[0] - v[1]),
+  Operation("pair", "number", "multiply them", "a * b", lambda v, _: v[0] * v[1]),
+  Operation("pair", "number", "keep the larger", "max(a, b)", lambda v, _: sorted(v)[1]),
+  Operation("pair", "number", "keep the smaller", "min(a, b)", lambda v, _: sorted(v)[0]),
+  Operation("pair", "number", "take the distance", "abs(a - b)", lambda v, _: max(v) - min(v)),
+  Operation("numbers", "numbers", "keep the even numbers",
             "[x for x in {v} if x % 2 == 0]", lambda v, _: [x for x in v if not x & 1]),
-  Operation("numbers", "numbers", ("keep the odd numbers[ in {o}]",),
+  Operation("numbers", "numbers", "keep the odd numbers",
             "[x for x in {v} if x % 2 == 1]", lambda v, _: [x for x in v if x & 1]),
-  Operation("numbers", "numbers", ("keep the numbers above {k}[ in {o}]",),
+  Operation("numbers", "numbers", "keep the numbers above {k}",
             "[x for x in {v} if x > {k}]", lambda v, k: [x for x in v if not x <= k], _DIGITS),
-  Operation("numbers", "numbers", ("keep the numbers below {k}[ in {o}]",),
+  Operation("numbers", "numbers", "keep the numbers below {k}",
             "[x for x in {v} if x < {k}]", lambda v, k: [x for x in v if not x >= k], _DIGITS),
-  Operation("numbers", "numbers", ("add {k} to each number[ in {o}]",),
+  Operation("numbers", "numbers", "add {k} to each number",
             "[x + {k} for x in {v}]", lambda v, k: [x + k for x in v], _DIGITS),
-  Operation("numbers", "numbers", ("multiply each number[ in {o}] by {k}",),
+  Operation("numbers", "numbers", "multiply each number by {k}",
             "[x * {k} for x in {v}]", lambda v, k: [x * k for x in v], _DIGITS),
-  Operation("numbers", "numbers", ("square each number[ in {o}]",),
+  Operation("numbers", "numbers", "square each number",
             "[x * x for x in {v}]", lambda v, _: [x**2 for x in v]),
-  Operation("numbers", "numbers", ("sort[ {o}]", "put[ {o}] in order"),
-            "sorted({v})", lambda v, _: sorted(v)),
-  Operation("numbers", "numbers", ("reverse[ {o}]", "turn[ {o}] around"),
-            "{v}[::-1]", lambda v, _: list(reversed(v))),
-  Operation("numbers", "numbers", ("drop the first {k}[ of {o}]",),
+  Operation("numbers", "numbers", "sort", "sorted({v})", lambda v, _: sorted(v)),
+  Operation("numbers", "numbers", "reverse", "{v}[::-1]", lambda v, _: list(reversed(v))),
+  Operation("numbers", "numbers", "drop the first {k}",
             "{v}[{k}:]", lambda v, k: [x for i, x in enumerate(v) if i >= k], _SHORT),
-  Operation("numbers", "numbers", ("keep the first {k}[ of {o}]",),
+  Operation("numbers", "numbers", "keep the first {k}",
             "{v}[:{k}]", lambda v, k: [x for i, x in enumerate(v) if i < k], _SHORT),
-  Operation("numbers", "number", ("add up the numbers[ in {o}]", "take the sum[ of {o}]"),
-            "sum({v})", lambda v, _: sum(v)),
-  Operation("numbers", "number", ("count the numbers[ in {o}]",), "len({v})", lambda v, _: len(v)),
-  Operation("text", "text", ("make[ {o}] upper case",), "{v}.upper()", lambda v, _: v.upper()),
-  Operation("text", "text", ("make[ {o}] lower case",), "{v}.lower()", lambda v, _: v.lower()),
-  Operation("text", "text", ("reverse[ {o}]", "turn[ {o}] around"),
-            "{v}[::-1]", lambda v, _: "".join(reversed(v))),
-  Operation("text", "text", ("repeat[ {o}] {k} times",),
+  Operation("numbers", "number", "add up the numbers", "sum({v})", lambda v, _: sum(v)),
+  Operation("numbers", "number", "count the numbers", "len({v})", lambda v, _: len(v)),
+  Operation("text", "text", "make it upper case", "{v}.upper()", lambda v, _: v.upper()),
+  Operation("text", "text", "make it lower case", "{v}.lower()", lambda v, _: v.lower()),
+  Operation("text", "text", "reverse", "{v}[::-1]", lambda v, _: "".join(reversed(v))),
+  Operation("text", "text", "repeat it {k} times",
             "{v} * {k}", lambda v, k: "".join([v] * k), (2, 3, 4)),
-  Operation("text", "text", ("drop the first {k} letters[ of {o}]",),
+  Operation("text", "text", "drop the first {k} letters",
             "{v}[{k}:]", lambda v, k: "".join(c for i, c in enumerate(v) if i >= k), _SHORT),
-  Operation("text", "text", ("keep the first {k} letters[ of {o}]",),
+  Operation("text", "text", "keep the first {k} letters",
             "{v}[:{k}]", lambda v, k: "".join(c for i, c in enumerate(v) if i < k), _SHORT),
-  Operation("text", "text", ("remove every {k}[ from {o}]",),
+  Operation("text", "text", "remove every {k}",
             "{v}.replace('{k}', '')", lambda v, k: "".join(c for c in v if c != k), _LETTERS),
-  Operation("text", "number", ("count the letters[ of {o}]", "take the length[ of {o}]"),
-            "len({v})", lambda v, _: len(v)),
-  Operation("text", "number", ("count the letter {k}[ in {o}]",),
+  Operation("text", "number", "count the letters", "len({v})", lambda v, _: len(v)),
+  Operation("text", "number", "count the letter {k}",
             "{v}.count('{k}')", lambda v, k: sum(c == k for c in v), _LETTERS),
 ]  # fmt: skip
 
-ARGUMENTS = {"number": ("x", "n"), "pair": ("a, b",), "numbers": ("xs", "nums"),
-             "text": ("s", "text")}  # fmt: skip
+# One name for each, and words that read the same wherever they stand: a model of a million
+# parameters has to learn the language as well.
+ARGUMENTS = {"number": "x", "pair": "a, b", "numbers": "xs", "text": "s"}
 
 # Chosen so that a wrong constant shows: many sizes and signs, no two alike.
 INPUTS = {
@@ -142,12 +127,15 @@ INPUTS = {
 }  # fmt: skip
 
 
-def make_problems(train: int = 4000, test: int = 200, seed: int = 0):
+def make_problems(train=3000, test=200, seed=0, largest=9, names=("f",)):
   """Makes problems, the same ones for the same arguments on every machine.
 
   Args:
     train, test: how many. The test problems do not depend on `train`.
-    seed: which ones, and their words.
+    seed: which ones, and on which inputs they are tested.
+    largest: largest number in a description, up to 12. Larger ones make it harder: two digits are
+      two tokens.
+    names: what functions may be called. Several make it harder: the name has to be copied.
   Returns:
     (train problems, test problems), lists of `Problem`.
   Raises:
@@ -155,21 +143,23 @@ def make_problems(train: int = 4000, test: int = 200, seed: int = 0):
   """
   # One specification for each thing that can be computed: the shortest, which comes first.
   specs = {}
-  for spec in _specs():
+  for spec in _specs(largest):
     specs.setdefault(spec.behaviour, spec)
   if train + test > len(specs):
     raise ValueError(f"asked for {train} + {test} problems, and there are only {len(specs)}")
   order = sorted(specs.values(), key=lambda spec: _hash(seed, spec.behaviour))
   sides = {"test": order[:test], "train": order[test : test + train]}
   made = {
-    side: [_problem(spec, f"toy/{side}/{i}", seed) for i, spec in enumerate(chosen)]
+    side: [_problem(spec, f"toy/{side}/{i}", seed, names) for i, spec in enumerate(chosen)]
     for side, chosen in sides.items()
   }
   return made["train"], made["test"]
 
 
-def _specs():
-  singles = [((op, k),) for op in OPERATIONS for k in op.constants]
+def _specs(largest):
+  singles = [
+    ((op, k),) for op in OPERATIONS for k in op.constants if not isinstance(k, int) or k <= largest
+  ]
   pairs = [
     first + second for first in singles for second in singles
     if first[0][0].gives == second[0][0].takes
@@ -188,21 +178,18 @@ def _run(steps, value):
   return value
 
 
-def _problem(spec, task_id, seed):
+def _problem(spec, task_id, seed, names):
   draw = random.Random(_hash(seed, spec.behaviour))  # from a text: the same on every machine
-  name, argument = draw.choice(NAMES), draw.choice(ARGUMENTS[spec.takes])
+  name, argument = draw.choice(names), ARGUMENTS[spec.takes]
   words, lines, variable = [], [], argument
   for i, (operation, k) in enumerate(spec.steps):
-    phrase = draw.choice(operation.phrases)
-    phrase = re.sub(r"\[.*?\]", "", phrase) if i else re.sub(r"[\[\]]", "", phrase)
-    words.append(phrase.format(o=argument, k=k))
+    words.append(operation.phrase.format(k=k))
     expression = operation.code.format(v=variable, k=k)
     if i + 1 == len(spec.steps):
       lines.append(f"return {expression}")
     else:
       variable = variable if operation.gives == operation.takes else "result"
       lines.append(f"{variable} = {expression}")
-  text = ", then ".join(words)
   # Inputs with outputs of their own first: they tell most.
   inputs = INPUTS[spec.takes]
   shuffled = draw.sample(range(len(inputs)), len(inputs))
@@ -212,7 +199,7 @@ def _problem(spec, task_id, seed):
   asserts = [f"assert {name}({_call(inputs[i])}) == {spec.outputs[i]}" for i in chosen]
   return Problem(
     task_id=task_id,
-    prompt=f"{text[0].upper()}{text[1:]}.\ndef {name}({argument}):",
+    prompt=f"Take {argument}, {', then '.join(words)}.\ndef {name}({argument}):",
     entry_point=name,
     tests=tuple(asserts[:TESTS]),
     plus_tests=tuple(asserts[TESTS:]),

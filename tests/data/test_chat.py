@@ -1,4 +1,5 @@
 import pytest
+import tokenizers
 
 from diffucoder_jax.data import chat
 from diffucoder_jax.data.tokenizer import HFTokenizer
@@ -32,6 +33,17 @@ def test_template_token_by_token(tokenizer):
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\nAdd 2 to x.\ndef f(x):<|im_end|>\n"
     "<|im_start|>assistant\n```python\ndef f(x):\n    return x + 2\n```<|im_end|>\n")
+
+
+def test_qwens_file_reads_the_same_tokens_out_of_the_text(hf_json):
+  """What transformers does with a chat template: write all as text, then tokenize it."""
+  qwens = tokenizers.Tokenizer.from_buffer(hf_json())
+  tokenizer = HFTokenizer(hf_json())
+  messages = [USER, ANSWER, dict(USER, content="\n  Now  3?\n\n"), ANSWER]
+  text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + "".join(
+    f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+  prompt, response = chat.render(messages, tokenizer)
+  assert prompt + response == qwens.encode(text).ids
 
 
 def test_only_our_sentencepiece_starts_with_bos(sentencepiece_tokenizer, hf_tokenizer):
@@ -106,6 +118,7 @@ def test_a_tokenizer_without_the_pad(hf_json):
 
 
 CODE = "def f(x):\n    return x\n"
+DOCTEST = 'def f(x):\n    """Like this:\n    ```\n    >>> f(1)\n    ```\n    """\n    return x\n'
 
 
 @pytest.mark.parametrize("text, code", [
@@ -121,6 +134,9 @@ CODE = "def f(x):\n    return x\n"
   (f"{CODE}```", CODE),
   (f"{CODE}```\n\nAn explanation of it:\n- one\n- two", CODE),
   (f"```python\r\n{CODE}```", CODE),
+  (f"```python\n{DOCTEST}```\nDone.", DOCTEST),
+  (DOCTEST, DOCTEST),
+  (f"```text\nIt adds\n```python\n{CODE}```", CODE),  # never closed, and the next one opens
   ("```python\ndef f(:\n```", "def f(:\n"),  # nothing parses: the first block
   (f"```python\ndef f(:\n```\n```python\n{CODE}```", CODE),
   ("s = '```'\n", "s = '```'\n"),  # no fence, which has a line of its own
