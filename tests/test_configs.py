@@ -48,7 +48,7 @@ def test_builds(name):
         node = node[part]
 
 
-@pytest.mark.parametrize("arg", [None, "0_5b"])
+@pytest.mark.parametrize("arg", [None, pytest.param("0_5b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STAGES)
 def test_full_size_steps_lower(name, arg):
   """Shapes, shardings and types of the whole step are right; nothing is allocated."""

@@ -411,6 +411,7 @@ def test_every_objective_key_reaches_the_loss():
   assert len(set(values.values())) == len(values), values
 
 
+@pytest.mark.slow
 def test_samples_are_written_at_each_evaluation(home, tmp_path):
   changes = {"eval.samples": 3, "eval.sample_tokens": 8, "eval.sample_steps": 4}
   tiny.run_training(tiny.config(home, None, changes), tmp_path / "run")
