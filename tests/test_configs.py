@@ -48,6 +48,7 @@ def test_builds(name):
         node = node[part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arg", [None, pytest.param("0_5b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STAGES)
 def test_full_size_steps_lower(name, arg):

@@ -131,6 +131,7 @@ def with_adapters(folder):
   return config, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_adapters_are_merged_on_export_and_kept_in_checkpoints(tmp_path, dtype, monkeypatch):
   monkeypatch.setattr(shards, "PIECE_BYTES", 512)  # tensors are read in several pieces

@@ -40,7 +40,10 @@ def autoregressive(tmp_path_factory):
 # --- It learns.
 
 
-@pytest.mark.parametrize("arg, metric, share", [("ar", "loss", 0.1), (None, "masked_nll", 0.5)])
+@pytest.mark.parametrize(
+  "arg, metric, share",
+  [pytest.param("ar", "loss", 0.1, marks=pytest.mark.slow), (None, "masked_nll", 0.5)],
+)
 def test_overfits_one_batch_and_beats_the_unigram(tmp_path_factory, arg, metric, share):
   workdir, bits_per_byte = tiny.overfitted(tmp_path_factory.getbasetemp(), arg)
   values = [row[metric] for row in tiny.rows(workdir) if metric in row]
@@ -114,6 +117,7 @@ def test_accumulation_changes_nothing(finished, home, tmp_path):
     assert row == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "arg, metric", [pytest.param("ar", "loss", marks=pytest.mark.slow), ("adapt", "masked_nll")]
 )

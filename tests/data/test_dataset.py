@@ -63,6 +63,7 @@ def _records(folder, split):
   return [opened[i] for i in range(len(opened))]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_workers_and_chunks(config, tmp_path, capsys):
   write(config, {f"{i:03}.py": code(i % 90, 10 + i % 7) for i in range(100)})
   write(config, {"empty.py": "", "bad.py": b"\xff"})

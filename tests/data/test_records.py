@@ -71,6 +71,7 @@ def test_it_travels_to_other_processes(made):
   assert sorted(shuffled) == sorted(opened[i]["name"] for i in range(len(opened)))
 
 
+@pytest.mark.slow
 def test_tfds_opens_it_without_tensorflow(made):
   """In a process of its own: this one may have imported anything."""
   code = f"""

@@ -13,6 +13,7 @@ from tests import golden
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+@pytest.mark.slow
 def test_filtered_probabilities_and_confidences(shared):
   data = golden.tensors(shared / "golden/sampling.safetensors")
   checked = 0
@@ -108,6 +109,7 @@ def test_trajectories_are_token_identical_at_every_step(shared):
     np.testing.assert_array_equal(trace.tokens, data[case["name"] + "/sequences"])
 
 
+@pytest.mark.slow
 def test_origin_commits_at_the_reference_rate(shared):
   case = golden.cases(shared / "golden/sampler_cases.json")["origin"][0]
   data = golden.tensors(shared / "golden/sampler.safetensors")

@@ -64,10 +64,10 @@ PROMPTS = ([2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16])
   [
     ("entropy", 0.0, 0.0),
     ("entropy", 0.8, 0.5),
-    ("maskgit_plus", 1.0, 0.0),
-    ("topk_margin", 1.0, 0.0),
-    ("origin", 1.0, 0.0),
-    ("left_to_right", 1.0, 0.0),
+    pytest.param("maskgit_plus", 1.0, 0.0, marks=pytest.mark.slow),
+    pytest.param("topk_margin", 1.0, 0.0, marks=pytest.mark.slow),
+    pytest.param("origin", 1.0, 0.0, marks=pytest.mark.slow),
+    pytest.param("left_to_right", 1.0, 0.0, marks=pytest.mark.slow),
   ],
 )
 def test_batch_neighbours_and_padding_change_nothing(run, alg, temperature, alg_temp):

@@ -90,6 +90,7 @@ def annealed_mask(ratio, seed=0):
   return np.asarray(masks()(attention.annealed(ratio, jax.random.key(seed))))
 
 
+@pytest.mark.slow
 def test_annealing_starts_causal_and_ends_full():
   causal_LM = np.tril(np.ones((1000, 1000), bool))
   np.testing.assert_array_equal(annealed_mask(0.0), causal_LM)
@@ -113,6 +114,7 @@ def test_annealing_replays_from_the_seed_and_does_not_see_the_blocks():
   assert (mask_LM != annealed_mask(0.4, seed=8)).mean() > 0.2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_as_xla_in_bfloat16():
   pattern, segment_ids = PATTERNS["annealed"], np.stack([SEGMENTS_L] * 2)
   run = jax.jit(both_passes, static_argnums=0)
@@ -183,6 +185,7 @@ def temporary_bytes(implementation, length):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly():
   """Through the layers' scan and remat, which once kept the masks of all the blocks."""
   half, whole = (temporary_bytes("blockwise", length) for length in (4096, 8192))

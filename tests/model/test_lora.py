@@ -22,6 +22,8 @@ from diffucoder_jax.model.transformer import Transformer, init_params, unembed
 from diffucoder_jax.runtime import checkpoint, optim, sharding
 from tests.hf import folders
 
+pytestmark = pytest.mark.slow  # compiles a network many times
+
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 BASE = ModelConfig(
