@@ -22,9 +22,8 @@ from diffucoder_jax.model.transformer import Transformer, init_params, unembed
 from diffucoder_jax.runtime import checkpoint, optim, sharding
 from tests.hf import folders
 
-pytestmark = pytest.mark.slow  # compiles a network many times
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+# Slow: they compile networks many times.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 BASE = ModelConfig(
   vocab_size=96, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
