@@ -37,6 +37,7 @@ def base(model, **model_changes):
     pattern="**/*.py",
     text_key="content",
     held_out=0.05,  # share of the documents, by hash
+    unit="file",  # what a document is; "function": each Python function, cleaned
     on_undecodable="error",  # or "skip", which counts and names them
     seq_len=256,
     global_batch=32,

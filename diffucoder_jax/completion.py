@@ -28,12 +28,16 @@ class Completion:
     full_text: the prompt with it: what an infill template is wanted for.
     tokens: int32, all written token ids, also after the end token (mask_id where none was).
     trace: `sampler.Trace` of this row alone, B = 1, without padding.
+    length: number of tokens of `text`: those before an end token.
+    ended: whether an end token was written.
   """
 
   text: str
   full_text: str
   tokens: np.ndarray
   trace: sampler_lib.Trace
+  length: int
+  ended: bool
 
 
 def infill_prompt(ckpt, template):
@@ -173,18 +177,20 @@ def _completion(ckpt, prompt, trace):
   given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
   hole_L = given == ckpt.mask_id
   stop = {ckpt.eos_id, ckpt.pad_id} - {-1}
-  if ckpt.tokenizer is None:
-    return Completion("", "", tokens_L[hole_L], trace)
-  stop |= {ckpt.tokenizer.end_of_turn_id} - {-1}
-  texts, full = [], []
+  decode = lambda ids: ""  # noqa: E731
+  if ckpt.tokenizer is not None:
+    decode = ckpt.tokenizer.decode
+    stop |= {ckpt.tokenizer.end_of_turn_id} - {-1}
+  texts, full, length, ended = [], [], 0, False
   for first, last, is_hole in _runs(hole_L):
     ids = [int(token) for token in tokens_L[first:last]]
     if is_hole:
       cut = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+      length, ended = length + cut, ended or cut < len(ids)
       ids = ids[:cut]
-      texts.append(ckpt.tokenizer.decode([token for token in ids if token != ckpt.mask_id]))
+      texts.append(decode([token for token in ids if token != ckpt.mask_id]))
     full += [token for token in ids if token != ckpt.mask_id]
-  return Completion("\n".join(texts), ckpt.tokenizer.decode(full), tokens_L[hole_L], trace)
+  return Completion("\n".join(texts), decode(full), tokens_L[hole_L], trace, length, ended)
 
 
 def _runs(flags_L):

@@ -46,10 +46,15 @@ def parse_arguments(argv=None):
        help="add <|beginoftext|>, <|mask|> and <|dlm_pad|> to a Qwen vocabulary, and how their\n"
        "rows begin: mean of the known rows (take this one if unsure), normal (drawn around it),\n"
        "keep (what the spare row holds). Default: add nothing")  # fmt: skip
+  flag("--reuse", nargs=3, metavar="TOKEN", default=(),
+       help="with --new-tokens, where a vocabulary has no spare rows: its special tokens that become\n"
+       "<|beginoftext|>, <|mask|> and <|dlm_pad|>")  # fmt: skip
   flag("--overwrite", action="store_true", help="replace a target that exists")
   args = parser.parse_args(argv)
   if not args.verify and not (args.source and args.target):
     parser.error("give --source and --target, or --verify FOLDER")
+  if args.reuse and not args.new_tokens:
+    parser.error("--reuse needs --new-tokens: say how the rows of these tokens begin")
   return args
 
 
@@ -122,7 +127,7 @@ def token_ids(described, tokenizer):
   }
 
 
-def add_tokens(folder, described, opened, init):
+def add_tokens(folder, described, opened, init, reuse):
   """Adds the diffusion tokens to the tokenizer in `folder` and gives them rows.
 
   Returns:
@@ -133,18 +138,20 @@ def add_tokens(folder, described, opened, init):
       "--new-tokens is for autoregressive Hugging Face folders; what was trained on masks has its "
       "tokens, and other rows would undo that"
     )
-  ids = tokenizer_files.add_diffusion_tokens(folder)
+  ids = tokenizer_files.add_diffusion_tokens(folder, reuse)
   if max(ids.values()) >= described.config.vocab_size:
     raise ValueError(
       f"{max(ids, key=ids.get)} would be token {max(ids.values())}, and vocab_size is "
-      f"{described.config.vocab_size}: there is no spare row for it, and tables are not resized"
+      f"{described.config.vocab_size}: there is no spare row for it, and tables are not resized; name "
+      "three special tokens that the model can do without, with --reuse"
     )
   print(f"new tokens: {', '.join(f'{token} {i}' for token, i in ids.items())}; rows: {init}")
-  return weights.with_new_rows(opened, ids.values(), init), ids["<|mask|>"]
+  known = described.config.vocab_size if reuse else None
+  return weights.with_new_rows(opened, ids.values(), init, known), ids["<|mask|>"]
 
 
 def convert(source, target, to=None, dtype=None, shard_size="5GB", remote_code="own",
-            new_tokens=None, overwrite=False):  # fmt: skip
+            new_tokens=None, overwrite=False, reuse=()):  # fmt: skip
   """Converts weights from one form to the other; the arguments are the flags.
 
   Returns:
@@ -171,7 +178,7 @@ def convert(source, target, to=None, dtype=None, shard_size="5GB", remote_code="
       folder.mkdir(parents=True, exist_ok=True)
       tokenizer_files.write(described.folder, folder)
       if new_tokens:
-        opened, ids["mask_token_id"] = add_tokens(folder, described, opened, new_tokens)
+        opened, ids["mask_token_id"] = add_tokens(folder, described, opened, new_tokens, reuse)
       config = {} if described.is_hf else checkpoint.load_config(source)
       step = 0 if described.is_hf else int(checkpoint.find_step(source).name)
       if to == "hf":
@@ -213,7 +220,7 @@ def main(argv=None):
   start = time.monotonic()
   total = convert(
     args.source, args.target, args.format, args.dtype, args.shard_size, args.remote_code,
-    args.new_tokens, args.overwrite,
+    args.new_tokens, args.overwrite, args.reuse,
   )  # fmt: skip
   seconds = time.monotonic() - start
   rate = f", {seconds / total * 1e9:.1f} s per GB" if total > 1e8 else ""

@@ -4,6 +4,7 @@
   python -m diffucoder_jax.generate --checkpoint PATH --infill 'def f(x):<|fill:20|>    return y'
   python -m diffucoder_jax.generate --checkpoint PATH --prompts FILE.jsonl --output OUT.jsonl --traces DIR
   echo 'import os' | python -m diffucoder_jax.generate --checkpoint PATH
+  python -m diffucoder_jax.generate --checkpoint PATH --chat --prompt 'Write a function that ...'
 
 `--prompts` lines are {"prompt": text}, or {"infill": text with <|fill:N|> holes}, which goes first
 when there are both; other fields are kept. Everything read is checked before the model is loaded.
@@ -19,6 +20,7 @@ import jax
 from etils import epath
 
 from diffucoder_jax import completion
+from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.evals import trace as trace_pictures
 from diffucoder_jax.pretrained import from_pretrained
@@ -37,7 +39,16 @@ def parse_arguments(argv=None):
   source.add_argument("--prompt", action="append", help="text to continue; may be given again")
   source.add_argument("--infill", action="append", help="text with <|fill:N|> holes of N tokens")
   source.add_argument("--prompts", help="jsonl file of prompts; '-' or no flag: text on stdin")
-  parser.add_argument("--output", help="write jsonl here: the input's fields, completion, nfe")
+  parser.add_argument(
+    "--chat", action="store_true", help="prompts are what a user says to an instruction-tuned model"
+  )
+  parser.add_argument(
+    "--system", default=chat.SYSTEM, help="with --chat, the system message; '' for none"
+  )
+  parser.add_argument(
+    "--output",
+    help="write jsonl here: the input's fields, completion, its length in tokens, whether it ended, nfe",
+  )
   parser.add_argument("--traces", help="folder for one .npz trace per prompt")
   parser.add_argument("--show", action="store_true", help="replay the denoising in the terminal")
   parser.add_argument("--seed", type=int, default=0)
@@ -92,6 +103,16 @@ def sampler_config(args, causal, infill):
   return sampler.SamplerConfig(**{**defaults, **given, **holes_only})
 
 
+def to_prompt(args, ckpt, request):
+  """What `completion.generate` takes: a text, or token ids of holes or of a conversation."""
+  if "infill" in request:
+    return completion.infill_prompt(ckpt, request["infill"])
+  if args.chat:
+    messages = [{"role": "user", "content": request["prompt"]}]
+    return chat.render_prompt(messages, ckpt.tokenizer, args.system)
+  return request["prompt"]
+
+
 def main(args):
   """Answers every request, prints the text, and writes what was asked for."""
   requests = read_requests(args)
@@ -112,10 +133,7 @@ def main(args):
     if not chosen:
       continue
     config = sampler_config(args, ckpt.config.attention == "causal", infill)
-    prompts = [
-      completion.infill_prompt(ckpt, requests[i]["infill"]) if infill else requests[i]["prompt"]
-      for i in chosen
-    ]
+    prompts = [to_prompt(args, ckpt, requests[i]) for i in chosen]
     outputs = completion.generate(ckpt, prompts, config, args.seed, args.batch_size)
     for i, output in zip(chosen, outputs, strict=True):
       results[i] = output
@@ -128,7 +146,8 @@ def main(args):
     if args.show:
       trace_pictures.render_terminal(output.trace, 0, ckpt.tokenizer)
     else:
-      print(output.full_text if "infill" in request else request["prompt"] + output.text)
+      before = "" if args.chat else request.get("prompt", "")
+      print(output.full_text if "infill" in request else before + output.text)
     if len(requests) > 1:
       print(f"--- {i + 1} of {len(requests)}", flush=True)
     if args.traces:
@@ -136,12 +155,12 @@ def main(args):
       folder.mkdir(parents=True, exist_ok=True)
       sampler.save_trace(folder / f"{i}.npz", output.trace)
   if args.output:
-    lines = [
-      json.dumps({**request, "completion": output.text, "nfe": int(output.trace.nfe[0])})
-      for request, output in zip(requests, results, strict=True)
-    ]
+    lines = []
+    for request, output in zip(requests, results, strict=True):
+      found = {"completion": output.text, "length": output.length, "ended": output.ended}
+      lines.append(json.dumps({**request, **found, "nfe": int(output.trace.nfe[0])}) + "\n")
     epath.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(args.output).write_text("".join(line + "\n" for line in lines))
+    epath.Path(args.output).write_text("".join(lines))
   print(
     f"{written} tokens in {seconds:.1f} s ({written / seconds:.1f} tokens/s with compilation), "
     f"{evaluations} network evaluations, {jax.devices()[0].device_kind}",

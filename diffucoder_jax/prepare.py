@@ -1,8 +1,9 @@
-"""Prepares what the other programs read: a tokenizer, a tokenised dataset, prompts to complete.
+"""Prepares what the other programs read: a tokenizer, a tokenised dataset, prompts, problems.
 
 python -m diffucoder_jax.prepare tokenizer --config=CONFIG --output=DIR/tokenizer.model
 python -m diffucoder_jax.prepare dataset --config=CONFIG --config.tokenizer=DIR --output=DATASET
 python -m diffucoder_jax.prepare prompts --config=CONFIG --config.tokenizer=DIR --output=DIR/prompts.jsonl
+python -m diffucoder_jax.prepare problems --config=CONFIG --output=DIR
 """
 
 import json
@@ -14,7 +15,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from diffucoder_jax.data import dataset as dataset_lib
-from diffucoder_jax.data import functions, sources
+from diffucoder_jax.data import functions, sources, toy_problems
+from diffucoder_jax.data.problems import write_problems
 from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 PROMPTS = 4  # of each kind
@@ -77,7 +79,21 @@ def prompts(config, output, _=None):
   print(f"prompts: {len(rows)} from {len(held_out)} held-out files, {output}")
 
 
-COMMANDS = {"tokenizer": tokenizer, "dataset": dataset, "prompts": prompts}
+def problems(config, output, _=None):
+  """Makes small programming problems with tests: `train.jsonl` and `test.jsonl` in `output`.
+
+  No two of them compute the same function. Each line is a problem, for RL and evaluation, and an
+  instruction with its answer, for tuning.
+  """
+  sides = toy_problems.make_problems(config.problems.train, config.problems.test, config.seed)
+  for name, side in zip(("train", "test"), sides, strict=True):
+    write_problems(side, epath.Path(output) / f"{name}.jsonl")
+  first = sides[1][0]
+  print(f"problems: {len(sides[0])} to learn from, {len(sides[1])} to be tested on, {output}; such as")
+  print(f"\n{first.prompt}\n\n{first.reference}\n{first.tests[0]}\n")
+
+
+COMMANDS = {"tokenizer": tokenizer, "dataset": dataset, "prompts": prompts, "problems": problems}
 
 
 if __name__ == "__main__":

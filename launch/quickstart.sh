@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole story in small, on a laptop: a tokenizer, an autoregressive model of Python, its
-# adaptation to masked diffusion, completions, and a report to open in a browser.
-#   bash launch/quickstart.sh [WORKDIR]          about 5 minutes on 2 cores after installation
+# adaptation to masked diffusion, mid-training, instruction tuning, and a report to open in a browser.
+#   bash launch/quickstart.sh [WORKDIR]          about 9 minutes on 2 cores after installation
 # Every step is a program that a pod would run with another config. Started again with the same
 # WORKDIR, it goes on where it stopped.
 set -euo pipefail
@@ -12,6 +12,8 @@ enter_venv report
 WORKDIR=${1:-$PWD/workdir_quickstart}
 AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
+MID_STEPS=${MID_STEPS:-150}        # on cleaned functions
+SFT_STEPS=${SFT_STEPS:-1000}       # on small programming problems
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model
@@ -19,41 +21,59 @@ TOKENIZER=$WORKDIR/tokenizer.model
 step() { echo; echo "== $* (minute $((SECONDS / 60)))"; }
 train() { python -m diffucoder_jax.train "$@"; }
 
-step "1/8 a tokenizer, trained on this Python's standard library"
+step "1/11 a tokenizer, trained on this Python's standard library"
 [ -s "$TOKENIZER" ] ||
   python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output="$TOKENIZER"
 
-step "2/8 an autoregressive model, $AR_STEPS steps"
+step "2/11 an autoregressive model, $AR_STEPS steps"
 train --config=configs/quickstart_ar.py --workdir="$WORKDIR/ar" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$AR_STEPS"
 
-step "3/8 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
+step "3/11 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
 train --config=configs/quickstart_adapt.py --workdir="$WORKDIR/adapt" \
   --config.init_from="$WORKDIR/ar" --config.optim.steps="$ADAPT_STEPS"
 
-step "4/8 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
+step "4/11 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
 train --config=configs/quickstart_adapt.py:scratch --workdir="$WORKDIR/scratch" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$((AR_STEPS + ADAPT_STEPS))"
 
-step "5/8 completing and infilling functions that were held out"
+step "5/11 completing and infilling functions that were held out"
 python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
   --config.tokenizer="$TOKENIZER" --output="$WORKDIR/prompts.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
   --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
-step "6/8 one of them again, its denoising replayed"
+step "6/11 one of them again, its denoising replayed"
 head -n 1 "$WORKDIR/prompts.jsonl" >"$WORKDIR/first.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/first.jsonl" \
   --show --max_new_tokens 40 --temperature 0.5
 
-step "7/8 the report"
+step "7/11 mid-training on cleaned functions, $MID_STEPS steps"
+train --config=configs/quickstart_midtrain.py --workdir="$WORKDIR/mid" \
+  --config.init_from="$WORKDIR/adapt" --config.optim.steps="$MID_STEPS"
+
+step "8/11 instruction tuning on small programming problems, $SFT_STEPS steps"
+[ -s "$WORKDIR/problems/test.jsonl" ] ||
+  python -m diffucoder_jax.prepare problems --config=configs/quickstart_sft.py \
+    --output="$WORKDIR/problems"
+train --config=configs/quickstart_sft.py --workdir="$WORKDIR/sft" \
+  --config.init_from="$WORKDIR/mid" --config.optim.steps="$SFT_STEPS" \
+  --config.data.path="$WORKDIR/problems/train.jsonl"
+
+step "9/11 its answers to problems that were held out"
+python -m diffucoder_jax.generate --checkpoint "$WORKDIR/sft" --chat --system '' \
+  --prompts "$WORKDIR/problems/test.jsonl" --max_new_tokens 56 --temperature 0 --batch_size 50 \
+  --output "$WORKDIR/answers.jsonl" | tail -n 20
+
+step "10/11 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
   --config configs/quickstart_adapt.py \
   --runs ar="$WORKDIR/ar" adapt="$WORKDIR/adapt" scratch="$WORKDIR/scratch" \
+  --stages mid="$WORKDIR/mid" sft="$WORKDIR/sft" --answers "$WORKDIR/answers.jsonl" \
   --samples "$WORKDIR/samples.jsonl" --trace "$WORKDIR/traces/0.npz"
 
-step "8/8 the model for people on PyTorch: a folder that transformers loads"
-python -m diffucoder_jax.convert --source "$WORKDIR/adapt" --target "$WORKDIR/hf" --overwrite
+step "11/11 the model for people on PyTorch: a folder that transformers loads"
+python -m diffucoder_jax.convert --source "$WORKDIR/sft" --target "$WORKDIR/hf" --overwrite
 if python -c 'import torch, transformers' 2>/dev/null; then
   python launch/check_export.py "$WORKDIR/hf"
 else

@@ -394,6 +394,23 @@ def test_a_qwen_folder_gets_a_mask(tmp_path):
   assert not (tmp_path / "no").exists()
 
 
+def test_tokens_that_are_not_needed_become_the_diffusion_tokens(tmp_path):
+  """SmolLM2's way: no spare row, so three rows that are there begin anew as the mean of the others."""
+  file = qwen_like(QWEN_ADDED)
+  special = HFTokenizer(file).special_ids
+  sizes = dict(vocab_size=HFTokenizer(file).vocab_size, eos_token_id=None)
+  state = folders.make(tmp_path / "source", "qwen2-tied", np.float32, **sizes)
+  (tmp_path / "source" / "tokenizer.json").write_bytes(file)
+  reuse = list(special)[-3:]
+  program.convert(tmp_path / "source", tmp_path / "start", new_tokens="mean", reuse=reuse)
+  ckpt = pretrained.from_pretrained(tmp_path / "start")
+  assert ckpt.mask_id == special[reuse[1]] and ckpt.tokenizer.pad_id == special[reuse[2]]
+  taken = [special[token] for token in reuse]
+  old, new = state["model.embed_tokens.weight"], np.asarray(ckpt.params["embed"])
+  np.testing.assert_array_equal(np.delete(new, taken, 0), np.delete(old, taken, 0))
+  np.testing.assert_allclose(new[taken], np.tile(np.delete(old, taken, 0).mean(0), (3, 1)), atol=1e-6)
+
+
 # --- Real processes, killed.
 
 

@@ -1,9 +1,14 @@
-"""Python functions of a corpus as things to complete: a signature, and the body that was there."""
+"""Python functions of a corpus: as things to complete, and cleaned, as documents to train on."""
 
 import ast
 import hashlib
 import warnings
 from typing import NamedTuple
+
+from diffucoder_jax.data.sources import Document
+
+# Of a cleaned function: shorter ones say nothing, longer ones fill whole rows.
+MIN_LINES, MAX_LINES = 3, 40
 
 
 class Function(NamedTuple):
@@ -22,17 +27,9 @@ def find_functions(document):
   Returns:
     list of `Function`, in the file's order, indentation kept.
   """
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # odd escapes in old files are not our business
-      tree = ast.parse(document.text)
-  except (SyntaxError, ValueError):
-    return []
   lines = document.text.splitlines(keepends=True)
   functions = []
-  for node in ast.walk(tree):
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-      continue
+  for node in _definitions(document):
     body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
     if not body or body[0].lineno == node.lineno:  # nothing but a docstring, or all in one line
       continue
@@ -41,6 +38,40 @@ def find_functions(document):
     text = "".join(lines[first - 1 : node.end_lineno])
     functions.append(Function(f"{document.name}:{node.lineno}", prompt, text))
   return functions
+
+
+def cleaned(train, held_out):
+  """Functions as documents of their own, in one style: no comments, no decorators, no indentation.
+
+  Args:
+    train, held_out: lists of `sources.Document`.
+  Returns:
+    (train, held_out): lists of documents, one for each distinct function of MIN_LINES to MAX_LINES
+    lines. What is held out is not trained on, wherever else it stands.
+  """
+  seen, sides = set(), []
+  for documents in (held_out, train):
+    sides.append([])
+    for document in documents:
+      for node in _definitions(document):
+        node.decorator_list = []
+        text = ast.unparse(node) + "\n"
+        if text not in seen and MIN_LINES <= text.count("\n") <= MAX_LINES:
+          seen.add(text)
+          sides[-1].append(Document(f"{document.name}:{node.lineno}", text))
+  return sides[1], sides[0]
+
+
+def _definitions(document):
+  """The nodes of all functions of a file; a file that does not parse has none."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # odd escapes in old files are not our business
+      tree = ast.parse(document.text)
+  except (SyntaxError, ValueError):
+    return []
+  kinds = ast.FunctionDef | ast.AsyncFunctionDef
+  return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def pick_functions(documents, count, fits):

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from diffucoder_jax.data import sources
+from diffucoder_jax.data import functions, sources
 from diffucoder_jax.data.mixture import Mixture
 
 _ENCODE_CHARACTERS = 4_000_000  # encoded at once: bounds the Python lists alive at a time
@@ -79,7 +79,8 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
   """Reads, splits, tokenises and packs the corpus.
 
   Args:
-    data_config: the `data` section; this module reads `held_out` and `seq_len` here.
+    data_config: the `data` section; this module reads `held_out`, `seq_len` and `unit` here: what a
+      document is, a "file", or each "function" of the files, cleaned (see `functions.cleaned`).
     tokenizer: a `Tokenizer`.
     seed: order of the training documents. Held-out rows do not depend on it.
   Returns:
@@ -94,7 +95,13 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
     raise ValueError(f"data.seq_len must be at least 2, got {seq_len}")
   documents, undecodable = sources.read_documents(data_config)
   texts = [document for document in documents if document.text]
+  empty = len(documents) - len(texts)
   train, held_out = sources.split(texts, data_config.held_out)
+  if data_config.unit not in ("file", "function"):
+    raise ValueError(f"data.unit must be 'file' or 'function', got {data_config.unit!r}")
+  if data_config.unit == "function":  # after the split: a held-out file's functions are held out
+    train, held_out = functions.cleaned(train, held_out)
+    texts = train + held_out
   if not train:
     raise ValueError(
       f"nothing to train on: {len(documents)} document(s), {len(held_out)} of them "
@@ -116,9 +123,9 @@ def load_corpus(data_config, tokenizer, seed: int) -> Corpus:
     "documents": len(texts),
     "held_out_documents": len(held_out),
     "duplicates": len(texts) - len(set(hashes.values())),
-    "empty": len(documents) - len(texts),
+    "empty": empty,
     "undecodable": len(undecodable),
-    "dropped": len(documents) - len(texts) + len(undecodable),
+    "dropped": empty + len(undecodable),
     "bytes": sum(size.values()),
     "tokens": sum(tokens.values()),
     "bytes_per_token": sum(size.values()) / sum(tokens.values()),

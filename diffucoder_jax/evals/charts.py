@@ -164,6 +164,30 @@ def curve_chart(runs, name, ylabel, error=None, baseline=None):
   return _chart(draw) if drawn else ""
 
 
+def histogram_chart(values, xlabel, ylabel):
+  """How often whole numbers occur, one outline a series.
+
+  Args:
+    values: {label: list of int}, none empty.
+    xlabel, ylabel: str.
+  Returns:
+    str, an SVG element.
+  """
+  last = max(max(series) for series in values.values())
+
+  def draw(axes):
+    for i, (label, series) in enumerate(values.items()):
+      counts = np.bincount(series, minlength=last + 1)
+      edges = np.arange(len(counts) + 1) - 0.5
+      axes.stairs(counts, edges, color=COLOURS[i], linestyle=DASHES[i + 1], label=label, fill=not i,
+                  alpha=0.5 if not i else 1.0)  # fmt: skip
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False)
+
+  return _chart(draw, height=2.4)
+
+
 def _label_ends(axes, ends):
   """Writes each run's name right of the plot at its last value, moved apart where they collide."""
   bottom, top = axes.get_ylim()

@@ -22,6 +22,7 @@ from etils import epath
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import load_trace
 from diffucoder_jax.evals import charts, style
+from diffucoder_jax.evals import samples as samples_lib
 from diffucoder_jax.evals import trace as trace_lib
 from diffucoder_jax.runtime import metrics
 
@@ -31,6 +32,8 @@ LABELS = {
   "ar": "autoregressive",
   "adapt": "diffusion adapted from AR",
   "scratch": "diffusion from scratch",
+  "mid": "mid-trained on functions",
+  "sft": "instruction-tuned",
 }
 CONTINUES = {"adapt": "ar"}
 # What the runs left behind.
@@ -174,44 +177,22 @@ def _figure(drawing, caption):
   return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>" if drawing else ""
 
 
-def read_samples(path):
-  """Reads sample rows from a jsonl file.
-
-  Each holds "kind" ("complete" or "infill"), "prompt", "completion", "reference" (the original
-  text where the completion stands), for infill "suffix", and "nfe" (int).
-
-  Raises:
-    ValueError: a line is no JSON object with these keys.
-  """
-  rows = []
-  for number, line in enumerate(epath.Path(path).read_text().split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      missing = {"kind", "prompt", "completion", "reference"} - set(row)
-    except (json.JSONDecodeError, TypeError) as e:
-      raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from e
-    if missing:
-      raise ValueError(f"{path} line {number} lacks {', '.join(sorted(missing))}")
-    rows.append(row)
-  return rows
+def _later_stages(found):
+  """A curve of each run by itself: what each of them is scored on is another text."""
+  curves = [
+    _figure(
+      charts.curve_chart([run], "eval/bits_per_byte", "bits per byte", "eval/bits_per_byte_se"),
+      f"{html.escape(run.label)}: bits per byte of its own held-out text, band ± one standard error"
+      f"{'' if run.final is None else f'; at the end {run.final[0]:.3f} ± {run.final[1]:.3f}'}.",
+    )
+    for run in found
+  ]
+  return ["<h2>Later stages</h2>", '<div class="pair">', *curves, "</div>"] if found else []
 
 
-def _sample(number, row):
-  """One sample beside the original, what stands in for the mask marked in both."""
-  before, after = html.escape(row["prompt"]), html.escape(row.get("suffix") or "")
-  panes = []
-  for name, text in (("model", row["completion"]), ("original", row["reference"])):
-    code = f"<span>{before}</span><mark>{html.escape(text)}</mark><span>{after}</span>"
-    panes.append(f'<div><div class="what">{name}</div><pre>{code}</pre></div>')
-  kind = {"complete": "completion", "infill": "infilling"}.get(row["kind"], str(row["kind"]))
-  nfe = "" if row.get("nfe") is None else f", {row['nfe']} network evaluations"
-  head = f"<h3>{number}. {html.escape(kind + nfe)}</h3>"
-  return f'{head}<div class="pair">{"".join(panes)}</div>'
-
-
-def write_report(path, title, runs, samples=None, drawing=None, footer=None, notes=()):
+def write_report(
+  path, title, runs, samples=None, drawing=None, footer=None, notes=(), stages=(), answers=None
+):
   """Writes the page.
 
   Args:
@@ -223,9 +204,12 @@ def write_report(path, title, runs, samples=None, drawing=None, footer=None, not
     drawing: an SVG string of `trace.svg`, or None.
     footer: mapping of str to value: what made the page.
     notes: sentences to show at the top, about input that is missing.
+    stages: mapping like `runs`, of later runs, each with held-out text of its own.
+    answers: what `samples.answers_of` gives, or None.
   """
   found, missing = load_runs(runs)
-  notes = [*notes, *missing]
+  later, missing_later = load_runs(dict(stages))
+  notes = [*notes, *missing, *missing_later]
   parts = [f"<h1>{html.escape(title)}</h1>"]
   parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
   if found:
@@ -275,7 +259,10 @@ def write_report(path, title, runs, samples=None, drawing=None, footer=None, not
       "<h2>Samples</h2><p>Held-out code; what the model wrote, and the original in its "
       "place, are marked.</p>"
     )
-    parts += [_sample(i, row) for i, row in enumerate(samples, 1)]
+    parts += [samples_lib.beside(i, row) for i, row in enumerate(samples, 1)]
+  parts += _later_stages(later)
+  if answers:
+    parts += answers
   made = " · ".join(f"{html.escape(k)} {html.escape(str(v))}" for k, v in (footer or {}).items())
   page = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -307,21 +294,27 @@ def main(argv=None):
   parser.add_argument("--workdir", required=True, help="the report goes to WORKDIR/report/")
   parser.add_argument("--runs", required=True, nargs="+", metavar="NAME=DIR", help="in page order")
   parser.add_argument("--samples", help="jsonl of completions beside the original")
+  parser.add_argument("--stages", nargs="+", default=[], metavar="NAME=DIR",
+                      help="later runs, each scored on held-out text of its own")  # fmt: skip
+  parser.add_argument("--answers", help="jsonl of a tuned model's answers, as generate writes it")
   parser.add_argument("--trace", help=".npz of one sampler call")
   parser.add_argument("--row", type=int, default=0, help="which row of the trace to draw")
   parser.add_argument("--tokenizer", help="the trace's tokenizer; the last run's when absent")
   parser.add_argument("--config", default="", help="name of the config, for the footer")
   parser.add_argument("--title", default="Diffusion and autoregressive training compared")
   args = parser.parse_args(argv)
-  if not all(name and workdir for name, _, workdir in (run.partition("=") for run in args.runs)):
-    parser.error(f"--runs wants NAME=DIR pairs, such as ar=work/ar; got {' '.join(args.runs)}")
-  runs = dict(run.split("=", 1) for run in args.runs)
+  for flag, given in (("--runs", args.runs), ("--stages", args.stages)):
+    if not all(name and workdir for name, _, workdir in (run.partition("=") for run in given)):
+      parser.error(f"{flag} wants NAME=DIR pairs, such as ar=work/ar; got {' '.join(given)}")
+  runs, stages = (dict(run.split("=", 1) for run in given) for given in (args.runs, args.stages))
   folder = epath.Path(args.workdir) / "report"
   folder.mkdir(parents=True, exist_ok=True)
 
-  notes, samples, drawing = [], None, None
+  notes, samples, answers, drawing = [], None, None, None
   if _given(args.samples, "samples", notes):
-    samples = read_samples(args.samples)
+    samples = samples_lib.read_samples(args.samples)
+  if args.answers and _given(args.answers, "answers", notes):
+    answers = samples_lib.answers_of(args.answers, load_tokenizer([*stages.values(), *runs.values()][-1]))
   if _given(args.trace, "trace", notes):
     try:
       tokenizer = load_tokenizer(args.tokenizer or list(runs.values())[-1])
@@ -332,12 +325,14 @@ def main(argv=None):
     except (FileNotFoundError, ValueError) as error:
       notes.append(f"No drawing of {args.trace}: {error}.")
   footer = {"config": args.config or "unnamed"}
-  for name, workdir in runs.items():
+  for name, workdir in (runs | stages).items():
     config = epath.Path(workdir) / "config.json"
     if config.exists():
       footer[f"seed of {name}"] = json.loads(config.read_text()).get("seed", "unknown")
   footer |= machine() | {"made on": datetime.date.today().isoformat()}
-  write_report(folder / "index.html", args.title, runs, samples, drawing, footer, notes)
+  write_report(
+    folder / "index.html", args.title, runs, samples, drawing, footer, notes, stages, answers
+  )
   print(f"wrote {folder / 'index.html'}")
 
 

@@ -183,18 +183,21 @@ def without_remote_code(config: dict) -> dict:
   return rest | {"tokenizer_class": FAST_CLASS}
 
 
-def with_diffusion_tokens(file: bytes) -> tuple[bytes, dict[str, int]]:
+def with_diffusion_tokens(file: bytes, reuse=()) -> tuple[bytes, dict[str, int]]:
   """Adds <|beginoftext|>, <|mask|> and <|dlm_pad|> to a tokenizer.json that lacks them.
 
   Args:
     file: contents of a tokenizer.json, such as Qwen2.5's.
+    reuse: three special tokens of the file that become these, in this order; () adds new ones.
   Returns:
     (contents, ids): the file, in which nothing else is changed, and the ids of the three. A token
     that was there keeps its id, others get the next free ones: 151665 and on for Qwen2.5.
   Raises:
-    ValueError: it is not a tokenizer.json of a BPE.
+    ValueError: it is not a tokenizer.json of a BPE, or `reuse` names no special tokens of it.
   """
   contents = _load(file, JSON)
+  if reuse:
+    return _renamed(contents, dict(zip(reuse, DIFFUSION_TOKENS, strict=True)))
   added, vocab = contents.setdefault("added_tokens", []), contents["model"]["vocab"]
   if not isinstance(vocab, dict):
     raise ValueError(
@@ -233,17 +236,19 @@ def config_with_diffusion_tokens(config: dict, ids: dict[str, int]) -> dict:
   config = config | {"mask_token": config.get("mask_token") or "<|mask|>"}
   if "added_tokens_decoder" in config:
     listed = {str(i): _added_token(name) for name, i in ids.items()}
-    listed |= config["added_tokens_decoder"]
+    # What was there stays as it was, but for tokens that got another name.
+    old = config["added_tokens_decoder"]
+    listed |= {i: t for i, t in old.items() if t["content"] == listed.get(i, t)["content"]}
     config["added_tokens_decoder"] = dict(sorted(listed.items(), key=lambda item: int(item[0])))
   return config
 
 
-def add_diffusion_tokens(folder) -> dict[str, int]:
+def add_diffusion_tokens(folder, reuse=()) -> dict[str, int]:
   """`with_diffusion_tokens` for the files of a folder, in place. Returns {token: id}."""
   file, config = epath.Path(folder) / JSON, epath.Path(folder) / CONFIG
   if not file.exists():
     raise FileNotFoundError(f"no {JSON} to add tokens to; give a source with a Qwen tokenizer")
-  contents, ids = with_diffusion_tokens(file.read_bytes())
+  contents, ids = with_diffusion_tokens(file.read_bytes(), reuse)
   file.write_bytes(contents)
   if config.exists():
     described = config_with_diffusion_tokens(_load(config.read_bytes(), config), ids)
@@ -302,6 +307,21 @@ def check_ids(folder_config: dict, tokenizer: Tokenizer) -> None:
 def _remedy(tokenizer, name):
   i = getattr(tokenizer, f"{name}_id")
   return f"set {name}_token_id to {i}" if i >= 0 else f"remove {name}_token_id"
+
+
+def _renamed(contents, names):
+  """`contents` with special tokens under other names, and the ids of these."""
+  special = {token["content"]: token for token in contents["added_tokens"] if token["special"]}
+  missing = [name for name in names if name not in special]
+  if missing or set(names.values()) & special.keys():
+    wrong = f"has no special token {missing[0]!r}" if missing else "has such tokens already"
+    raise ValueError(f"--reuse: this {JSON} {wrong}; its special tokens are {' '.join(special)}")
+  vocab = contents["model"]["vocab"]
+  for old, new in names.items():
+    special[old]["content"] = new
+    if old in vocab:
+      vocab[new] = vocab.pop(old)
+  return _dump(contents), {new: special[old]["id"] for old, new in names.items()}
 
 
 def _added_token(text, i=None):

@@ -220,14 +220,15 @@ def _chunk(shape, itemsize, stacked):
   return tuple(chunk)
 
 
-def with_new_rows(weights, ids, init, seed=0):
+def with_new_rows(weights, ids, init, known=None, seed=0):
   """Gives the rows of new tokens a value, in the embedding and in an untied head.
 
   Vocabularies of Qwen2.5 have spare rows that no token used; what they hold was never trained.
 
   Args:
     weights: `Weights` of a folder (those of a checkpoint are fingerprinted and read once).
-    ids: ids of the new tokens, all below vocab_size; rows below the first of them are known.
+    ids: ids of the new tokens, all below vocab_size.
+    known: rows below this one, `ids` apart, were trained; default: those before the first of `ids`.
     init: "mean" of the known rows: the new token starts as an average word and far from none.
       "normal": drawn around that mean with the known rows' standard deviation in each dimension.
       "keep": what the spare row holds.
@@ -238,26 +239,28 @@ def with_new_rows(weights, ids, init, seed=0):
   if init == "keep" or not ids:
     return weights
   patched = {
-    name: _with_rows(weights.tensors[name], sorted(ids), init, seed)
+    name: _with_rows(weights.tensors[name], sorted(ids), init, known or min(ids), seed)
     for name in (mapping.EMBED, mapping.HEAD)
     if name in weights.tensors
   }
   return dataclasses.replace(weights, tensors={**weights.tensors, **patched})
 
 
-def _with_rows(tensor, ids, init, seed):
+def _with_rows(tensor, ids, init, known, seed):
   rows = {}
 
   def make():
-    total, squares = np.zeros(tensor.shape[1]), np.zeros(tensor.shape[1])
+    count, total, squares = 0, np.zeros(tensor.shape[1]), np.zeros(tensor.shape[1])
     for first, last in tensor.row_ranges():
-      known = tensor.read(first, min(last, ids[0])) if first < ids[0] else ()
-      for part in (known[k : k + 4096] for k in range(0, len(known), 4096)):
-        part = part.astype(np.float64)
+      rows_VD = tensor.read(first, min(last, known)) if first < known else ()
+      for k in range(0, len(rows_VD), 4096):
+        part = rows_VD[k : k + 4096].astype(np.float64)
+        part = np.delete(part, [i - first - k for i in ids if 0 <= i - first - k < len(part)], axis=0)
+        count += len(part)
         total += part.sum(0)
         squares += np.square(part).sum(0)
-    mean = total / ids[0]
-    std = np.sqrt(np.maximum(squares / ids[0] - mean**2, 0))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     for i in ids:
       noise = std * np.random.default_rng([seed, i]).normal(size=mean.shape)
       rows[i] = (mean + noise if init == "normal" else mean).astype(tensor.dtype)

@@ -90,6 +90,10 @@ PRESETS = {
     vocab_size=4096, embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344,
     rope_theta=1e4, remat="none", tied_head=True,
   ),
+  "smollm2_135m": dict(
+    vocab_size=49152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+    mlp_dim=1536, rope_theta=1e5, norm_eps=1e-5, qkv_bias=False, tied_head=True, max_seq_len=8192,
+  ),
   "qwen2_5_coder_0_5b": dict(_qwen(151936, 896, 24, 14, 2, 4864, True), attention="causal"),
   "qwen2_5_coder_1_5b": dict(_qwen(151936, 1536, 28, 12, 2, 8960, True), attention="causal"),
   "qwen2_5_coder_3b": dict(_qwen(151936, 2048, 36, 16, 2, 11008, True), attention="causal"),

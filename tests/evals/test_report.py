@@ -10,7 +10,7 @@ import pytest
 
 from diffucoder_jax.data.tokenizer import train_sentencepiece
 from diffucoder_jax.diffusion import sampler
-from diffucoder_jax.evals import report
+from diffucoder_jax.evals import report, samples
 
 CODE = "def merge(a, b):\n  return sorted(a + b)\n"
 
@@ -118,7 +118,7 @@ def test_bad_sample_lines_are_named(tmp_path):
   path = tmp_path / "samples.jsonl"
   path.write_text('\n{"kind": "complete", "prompt": ""}\n')
   with pytest.raises(ValueError, match="line 2 lacks completion, reference"):
-    report.read_samples(path)
+    samples.read_samples(path)
 
 
 def test_main_writes_page_and_pictures(tmp_path, runs, capsys):

@@ -361,6 +361,25 @@ def test_diffusion_tokens_of_a_vocabulary_with_gaps():
   assert HFTokenizer(file).special_ids | ids == HFTokenizer(file).special_ids
 
 
+def test_diffusion_tokens_take_the_place_of_others():
+  base = make_hf_json(QWEN_ADDED)
+  before = HFTokenizer(base).special_ids
+  reuse = list(before)[-3:]
+  file, ids = files.with_diffusion_tokens(base, reuse)
+  assert list(ids) == list(files.DIFFUSION_TOKENS) and [*ids.values()] == [before[t] for t in reuse]
+  loaded = HFTokenizer(file)
+  assert loaded.mask_id == ids["<|mask|>"] and loaded.vocab_size == HFTokenizer(base).vocab_size
+  assert not set(reuse) & loaded.special_ids.keys()
+  assert loaded.encode_batch(TEXTS) == HFTokenizer(base).encode_batch(TEXTS)
+  decoder = {str(before[t]): {"content": t, "special": True} for t in reuse}
+  listed = files.config_with_diffusion_tokens({"added_tokens_decoder": decoder}, ids)
+  assert {t["content"] for t in listed["added_tokens_decoder"].values()} == ids.keys()
+  with pytest.raises(ValueError, match="no special token '<gh_stars>'"):
+    files.with_diffusion_tokens(base, ["<gh_stars>", *reuse[1:]])
+  with pytest.raises(ValueError, match="has such tokens already"):
+    files.with_diffusion_tokens(files.with_diffusion_tokens(base)[0], reuse)
+
+
 def test_diffusion_tokens_need_a_bpe():
   unigram = {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}
   with pytest.raises(ValueError, match="this tokenizer.json is a Unigram"):

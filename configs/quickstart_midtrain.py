@@ -1,0 +1,21 @@
+r"""The quickstart's diffusion model on cleaned functions: stage 2 of the paper, in small.
+
+python -m diffucoder_jax.train --config=configs/quickstart_midtrain.py --workdir=W/mid \
+  --config.init_from=W/adapt
+"""
+
+from configs import quickstart_adapt
+
+
+def get_config(arg=None):
+  if arg is not None:
+    raise ValueError(f"configs/quickstart_midtrain.py takes no argument, got {arg!r}")
+  c = quickstart_adapt.get_config()
+  c.objective.anneal_steps = 0
+  c.data.unit = "function"
+  c.optim.steps = 150
+  c.optim.warmup_steps = 15
+  c.optim.lr = 1.5e-3
+  c.eval.every = 75
+  c.eval.rows = 64
+  return c
