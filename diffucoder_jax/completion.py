@@ -177,9 +177,7 @@ def _completion(ckpt, prompt, trace):
   given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
   hole_L = given == ckpt.mask_id
   stop = {ckpt.eos_id, ckpt.pad_id} - {-1}
-  decode = lambda ids: ""  # noqa: E731
   if ckpt.tokenizer is not None:
-    decode = ckpt.tokenizer.decode
     stop |= {ckpt.tokenizer.end_of_turn_id} - {-1}
   texts, full, length, ended = [], [], 0, False
   for first, last, is_hole in _runs(hole_L):
@@ -188,9 +186,13 @@ def _completion(ckpt, prompt, trace):
       cut = next((i for i, token in enumerate(ids) if token in stop), len(ids))
       length, ended = length + cut, ended or cut < len(ids)
       ids = ids[:cut]
-      texts.append(decode([token for token in ids if token != ckpt.mask_id]))
+      texts.append([token for token in ids if token != ckpt.mask_id])
     full += [token for token in ids if token != ckpt.mask_id]
-  return Completion("\n".join(texts), decode(full), tokens_L[hole_L], trace, length, ended)
+  text = full_text = ""
+  if ckpt.tokenizer is not None:
+    text = "\n".join(map(ckpt.tokenizer.decode, texts))
+    full_text = ckpt.tokenizer.decode(full)
+  return Completion(text, full_text, tokens_L[hole_L], trace, length, ended)
 
 
 def _runs(flags_L):

@@ -11,6 +11,7 @@ import pytest
 
 from diffucoder_jax import completion, pretrained
 from diffucoder_jax.completion import SamplerConfig, generate, infill_prompt
+from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import sampler
 from tests import tiny
 
@@ -108,6 +109,7 @@ def test_text_ends_at_the_end_token(ckpt):
   assert cut.tokens.tolist() == ids
   assert cut.text == ckpt.tokenizer.decode(ids[:end]) != plain.text
   assert cut.full_text == PROMPTS[0] + cut.text
+  assert (cut.length, cut.ended) == (end, True) and (plain.length, plain.ended) == (len(ids), False)
   # With stop_at_eos the rest is not even written.
   (stopped,) = generate(stopping, PROMPTS[:1], dataclasses.replace(config, stop_at_eos=True))
   assert stopped.text == cut.text and stopped.trace.nfe[0] == end + 1
@@ -203,6 +205,14 @@ def test_prompts_on_the_command_line(program, workdir, ckpt, capsys):
   assert "24 tokens in" in printed.err and "network evaluations" in printed.err
 
 
+def test_a_chat_on_the_command_line(program, workdir, ckpt, capsys):
+  """What the user says is asked in ChatML; only the answer is printed."""
+  run_program(program, workdir, "--chat", "--system", "", "--prompt", PROMPTS[0])
+  asked = chat.render_prompt([{"role": "user", "content": PROMPTS[0]}], ckpt.tokenizer, "")
+  (done,) = generate(ckpt, [asked], GREEDY)
+  assert capsys.readouterr().out == done.text + "\n"
+
+
 def test_infill_on_the_command_line(program, workdir, ckpt, capsys):
   arguments = program.parse_arguments(
     ["--checkpoint", str(workdir), "--infill", TEMPLATE, "--temperature", "0", "--top_p", "1"]
@@ -229,6 +239,7 @@ def test_files_in_and_out(program, workdir, ckpt, tmp_path, capsys):
   answers = [json.loads(line) for line in lines]
   texts = [a.pop("completion") for a in answers]
   evaluations = [a.pop("nfe") for a in answers]
+  assert [(a.pop("length"), a.pop("ended")) for a in answers] == [(12, False), (6, False), (12, False)]
   assert answers == requests
   plain = generate(ckpt, [PROMPTS[0], PROMPTS[2]], GREEDY)
   assert [texts[0], texts[2]] == [done.text for done in plain]

@@ -6,8 +6,8 @@ import sysconfig
 
 import pytest
 
-from configs import prepare_stdlib
-from diffucoder_jax.data import dataset, records, sources
+from configs import prepare_stdlib, quickstart_sft
+from diffucoder_jax.data import dataset, instructions, problems, records, sources
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from tests import tiny
 
@@ -129,3 +129,14 @@ def test_a_dataset_killed_at_random_is_the_same(home, tmp_path, seed):
   done = tiny.run("prepare", dataset_flags(settings, out, 2))
   assert done.returncode == 0, done.stderr
   assert tiny.contents(out) == tiny.contents(tmp_path / "here")
+
+
+def test_problems(tmp_path, capsys):
+  c = quickstart_sft.get_config()
+  c.problems.train, c.problems.test = 30, 10
+  tiny.program("prepare").problems(c, str(tmp_path / "made"))
+  train, test = (problems.read_problems(tmp_path / "made" / f"{s}.jsonl") for s in ("train", "test"))
+  assert (len(train), len(test)) == (30, 10) and not {p.prompt for p in train} & {p.prompt for p in test}
+  assert test[0].prompt in capsys.readouterr().out
+  rows, broken = instructions.read_conversations(tmp_path / "made" / "train.jsonl", "opencoder")
+  assert not broken and rows[0].messages[0]["content"] == train[0].prompt

@@ -59,8 +59,9 @@ def build(config, output, worker_count: int) -> dict:
   settings = make_settings(dict(config.get("prepare", {})))
   data = {key: config.data[key] for key in _DATA_KEYS}
   sources.split([], data["held_out"])  # is it a share?
-  if config.data.unit != "file":
-    raise ValueError(f"a dataset is made of whole documents: data.unit is {config.data.unit!r}")
+  unit = config.data.get("unit", "file")  # a manifest's config, made into one again, has none
+  if unit != "file":
+    raise ValueError(f"a dataset is made of whole documents: data.unit is {unit!r}")
   if not config.tokenizer:
     raise ValueError("a dataset is tokenised: give --config.tokenizer (`prepare tokenizer`)")
   tokenizer = load_tokenizer(config.tokenizer)

@@ -121,6 +121,25 @@ def test_bad_sample_lines_are_named(tmp_path):
     samples.read_samples(path)
 
 
+def test_answers_that_end_are_counted(tmp_path, runs):
+  tokenizer = train_sentencepiece([CODE * 50], tmp_path / "tokenizer.model", 300)
+  row = {"prompt": "add <a>", "completion": CODE, "length": 7, "ended": True, "output": CODE * 2}
+  path = tmp_path / "answers.jsonl"
+  path.write_text("".join(json.dumps(row | {"ended": i < 3, "length": 7 + i}) + "\n" for i in range(4)))
+  pieces = samples.answers_of(path, tokenizer)
+  page = page_of(tmp_path, runs, answers=pieces, stages={"sft": runs["adapt"]})
+  wanted = len(tokenizer.encode(CODE * 2))
+  text = plain(page)
+  assert "3 of 4 answers to held-out problems end by themselves" in text
+  assert "at most 8 tokens long and nine in ten at most 9; of the wanted answers " in text
+  assert f"wanted answers {wanted} and {wanted}." in text
+  assert "Later stages" in text and "instruction-tuned: bits per byte of its own" in text
+  assert "add &lt;a&gt;" in page and page.count("<svg") == 5
+  path.write_text('{"prompt": "a", "completion": "b"}\n')
+  with pytest.raises(ValueError, match="line 1 lacks ended, length, output"):
+    samples.answers_of(path, tokenizer)
+
+
 def test_main_writes_page_and_pictures(tmp_path, runs, capsys):
   tokenizer = train_sentencepiece([CODE * 50], runs["scratch"] / "tokenizer.model", 300)
   ids = [tokenizer.bos_id, *tokenizer.encode(CODE), tokenizer.eos_id]
