@@ -16,6 +16,8 @@ from diffucoder_jax.runtime import sharding
 
 # Canvases are padded to a multiple of this, so that prompts of similar length share one program.
 LENGTH_STEP = 32
+# So are the masks of a row, of which only those need logits.
+SLOTS_STEP = 8
 HOLE = re.compile(r"<\|fill:(\d+)\|>")
 
 
@@ -146,7 +148,9 @@ def _sample(ckpt, rows, keys, config):
     row = [*row, *[ckpt.mask_id] * config.max_new_tokens]
     canvas_BL[b, length - len(row) :] = row
     valid_BL[b, length - len(row) :] = True
-  run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id)
+  slots = int(np.max(np.sum((canvas_BL == ckpt.mask_id) & valid_BL, axis=1)))
+  slots += -slots % SLOTS_STEP
+  run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)
   if ckpt.mesh is None:
     trace = run(ckpt.params, canvas_BL, valid_BL, keys)
   else:
@@ -156,18 +160,22 @@ def _sample(ckpt, rows, keys, config):
   return jax.device_get(trace)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(model_config, sampler_config, mask_id, eos_id, params, canvas_BL, valid_BL, keys_B):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B):
   model = Transformer(model_config)
 
-  def logits_fn(canvas_BL, valid_BL):
+  def logits_fn(canvas_BL, valid_BL, index_BS=None):
     segment_ids_BL = valid_BL.astype(jnp.int32)
     positions_BL = jnp.maximum(jnp.cumsum(segment_ids_BL, axis=1) - 1, 0)
-    return unembed(params, model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_BL))
+    features_BLD = model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_BL)
+    if index_BS is not None:  # those that are still to be written
+      features_BLD = jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
+    return unembed(params, features_BLD)
 
   return sampler_lib.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config, mask_id=mask_id, eos_id=eos_id
-  )
+    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
+    mask_id=mask_id, eos_id=eos_id, slots=slots,
+  )  # fmt: skip
 
 
 def _completion(ckpt, prompt, trace):

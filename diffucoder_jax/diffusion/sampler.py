@@ -128,18 +128,21 @@ def _finished(canvas_BL, generated_BL, mask_id, eos_id, stop_at_eos):
   return ~jnp.any(masked_BL, axis=1)
 
 
-def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1):
+def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None):
   """Denoises a canvas.
 
   Args:
     logits_fn: (canvas_BL int32, valid_BL bool) -> logits_BLV float32, target-aligned: logits[:, i]
-      scores token i.
+      scores token i. With `slots` it gets a third argument, index_BS int32, and gives the logits of
+      these positions alone, [B, S, V].
     canvas: int32 [B, L]; `mask_id` marks what is to be written, wherever it stands.
     valid: bool [B, L], False on padding (either side).
     keys: typed PRNG keys [B], one per row: same row and key, same tokens, whatever the batch. Read
       only when something is drawn.
     config: `SamplerConfig`.
     mask_id, eos_id: ids; `eos_id` is read by `stop_at_eos`.
+    slots: S, no row may have more masks to be written; the others' logits are not wanted, which is
+      most of the work and of the memory where the vocabulary is large. None: L.
   Returns:
     `Trace`.
   """
@@ -151,44 +154,57 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1):
     raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
   ratios_T = remasking.commit_ratios(steps, c.eps)
   generated_BL = (canvas == mask_id) & valid
-  logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+  # The loop knows only the positions that may be written: S of each row, in their order (where a
+  # row has fewer, others that are never chosen).
+  some = slots is not None and slots < canvas.shape[1]
+  if some:
+    index_BS = jnp.argsort(~generated_BL, axis=1, stable=True)[:, :slots]
+    rank_BL = jnp.clip(jnp.cumsum(generated_BL, axis=1) - 1, 0, slots - 1)
+  else:
+    index_BS = rank_BL = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
+  taken = lambda x_BL: jnp.take_along_axis(x_BL, index_BS, axis=1)  # noqa: E731
+  generated_BS = taken(generated_BL)
+  logical_BS = taken(jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0))
+
+  def put(x_BS, others_BL):
+    return jnp.where(generated_BL, jnp.take_along_axis(x_BS, rank_BL, axis=1), others_BL)
 
   def evaluate(step, trace, count_B, active_B):
-    canvas_BL = trace.tokens
-    masked_BL = (canvas_BL == mask_id) & generated_BL & active_B[:, None]
-    logits_BLV = logits_fn(canvas_BL, valid).astype(jnp.float32)
+    masked_BS = (trace.tokens == mask_id) & generated_BS & active_B[:, None]
+    inputs = (put(trace.tokens, canvas), valid, *([index_BS] if some else []))
+    logits_BSV = logits_fn(*inputs).astype(jnp.float32)
     draws = c.temperature > 0 or c.alg_temp > 0 or c.alg == "origin"
-    keys_BL = _noise(keys, step, logical_BL) if draws else None
+    keys_BS = _noise(keys, step, logical_BS) if draws else None
     with jax.named_scope("choose_tokens"):
-      filtered_BLV = remasking.filter_logits(logits_BLV, c.temperature, c.top_p, c.top_k)
-      gumbel_BLV = _gumbel(keys_BL, 0, logits_BLV.shape[-1:]) if c.temperature > 0 else None
-      drawn_BL, tokens_BL, probs_BLV = remasking.draw_tokens(
-        logits_BLV, filtered_BLV, mask_id, gumbel_BLV
+      filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
+      gumbel_BSV = _gumbel(keys_BS, 0, logits_BSV.shape[-1:]) if c.temperature > 0 else None
+      drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
+        logits_BSV, filtered_BSV, mask_id, gumbel_BSV
       )
-      confidence_BL = remasking.CONFIDENCE[c.alg](probs_BLV, drawn_BL)
-      entropy_BL = -remasking.negative_entropy(probs_BLV)
+      confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS)
+      entropy_BS = -remasking.negative_entropy(probs_BSV)
     with jax.named_scope("choose_positions"):
       if c.alg == "origin":  # each position on its own, so the number committed varies
-        u_BL = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1))))(keys_BL)
+        u_BS = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1))))(keys_BS)
         chance = jnp.where(step == steps - 1, 1.0, ratios_T[step])
-        chosen_BL = masked_BL & (u_BL < chance)
+        chosen_BS = masked_BS & (u_BS < chance)
       elif c.alg_temp > 0:
-        scores_BL = confidence_BL / c.alg_temp
-        chosen_BL = remasking.choose_positions(scores_BL, masked_BL, count_B, _gumbel(keys_BL, 1))
+        scores_BS = confidence_BS / c.alg_temp
+        chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, _gumbel(keys_BS, 1))
       else:
-        chosen_BL = remasking.choose_positions(confidence_BL, masked_BL, count_B)
+        chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)
     return trace.replace(
-      tokens=jnp.where(chosen_BL, tokens_BL, canvas_BL),
-      step=jnp.where(chosen_BL, step, trace.step),
-      confidence=jnp.where(chosen_BL, confidence_BL, trace.confidence),
-      entropy=jnp.where(chosen_BL, entropy_BL, trace.entropy),
+      tokens=jnp.where(chosen_BS, tokens_BS, trace.tokens),
+      step=jnp.where(chosen_BS, step, trace.step),
+      confidence=jnp.where(chosen_BS, confidence_BS, trace.confidence),
+      entropy=jnp.where(chosen_BS, entropy_BS, trace.entropy),
       nfe=trace.nfe + active_B.astype(jnp.int32),
     )
 
   def body(carry):
     step, trace = carry
-    alive_B = ~_finished(trace.tokens, generated_BL, mask_id, eos_id, c.stop_at_eos)
-    left_B = jnp.sum((trace.tokens == mask_id) & generated_BL, axis=1)
+    alive_B = ~_finished(trace.tokens, generated_BS, mask_id, eos_id, c.stop_at_eos)
+    left_B = jnp.sum((trace.tokens == mask_id) & generated_BS, axis=1)
     count_B = remasking.commit_count(c.alg, left_B, step, steps, ratios_T)
     active_B = alive_B & ((count_B > 0) | (c.alg == "origin"))
     skip = lambda step, trace, *_: trace  # noqa: E731
@@ -197,19 +213,27 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1):
 
   def unfinished(carry):
     step, trace = carry
-    finished_B = _finished(trace.tokens, generated_BL, mask_id, eos_id, c.stop_at_eos)
+    finished_B = _finished(trace.tokens, generated_BS, mask_id, eos_id, c.stop_at_eos)
     return (step < steps) & ~jnp.all(finished_B)
 
-  zeros_BL = jnp.zeros(canvas.shape, jnp.float32)
+  zeros_BS = jnp.zeros(index_BS.shape, jnp.float32)
   start = Trace(
-    tokens=canvas,
-    step=jnp.full(canvas.shape, -1, jnp.int32),
-    confidence=zeros_BL,
-    entropy=zeros_BL,
+    tokens=taken(canvas),
+    step=jnp.full(index_BS.shape, -1, jnp.int32),
+    confidence=zeros_BS,
+    entropy=zeros_BS,
     nfe=jnp.zeros(canvas.shape[0], jnp.int32),
+    valid=generated_BS,
+  )
+  trace = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start))[1]
+  zeros_BL = jnp.zeros(canvas.shape, jnp.float32)
+  return trace.replace(
+    tokens=put(trace.tokens, canvas),
+    step=put(trace.step, jnp.full(canvas.shape, -1, jnp.int32)),
+    confidence=put(trace.confidence, zeros_BL),
+    entropy=put(trace.entropy, zeros_BL),
     valid=valid,
   )
-  return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start))[1]
 
 
 def row_keys(seed, rows):
