@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import process
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
@@ -26,12 +27,13 @@ class Completion:
   """What was written for one prompt.
 
   Attributes:
-    text: the text written, up to the first end token; several holes are joined by newlines.
+    text: the text written, up to the first end or padding token; several holes are joined by
+      newlines.
     full_text: the prompt with it: what an infill template is wanted for.
     tokens: int32, all written token ids, also after the end token (mask_id where none was).
     trace: `sampler.Trace` of this row alone, B = 1, without padding.
-    length: number of tokens of `text`: those before an end token.
-    ended: whether an end token was written.
+    length: number of tokens of `text`: those before an end or padding token.
+    ended: whether one of these was written.
   """
 
   text: str
@@ -186,7 +188,8 @@ def _completion(ckpt, prompt, trace):
   hole_L = given == ckpt.mask_id
   stop = {ckpt.eos_id, ckpt.pad_id} - {-1}
   if ckpt.tokenizer is not None:
-    stop |= {ckpt.tokenizer.end_of_turn_id} - {-1}
+    # Instruction tuning ends answers with these pads, which in a SentencePiece file are not pad_id.
+    stop |= {ckpt.tokenizer.end_of_turn_id, ckpt.tokenizer.special_ids.get(chat.PAD, -1)} - {-1}
   texts, full, length, ended = [], [], 0, False
   for first, last, is_hole in _runs(hole_L):
     ids = [int(token) for token in tokens_L[first:last]]

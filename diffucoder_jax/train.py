@@ -270,7 +270,7 @@ def main(config, workdir):
     eval_sets = held_out.load_sets(
       pipeline.parts(corpus.held_out), config.eval, config.data.global_batch, token_bytes_V, mesh
     )
-    if isinstance(corpus.train, pipeline.PackedRows):
+    if hasattr(corpus.train, "scored_counts"):
       unigram["eval/unigram_bits_per_byte"] = pipeline.unigram_bits_per_byte(
         corpus.train, corpus.held_out, token_bytes_V, config.eval.rows
       )

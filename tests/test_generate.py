@@ -1,5 +1,6 @@
 """Completing and infilling: the Python API on every kind of checkpoint, and the command line."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -114,6 +115,22 @@ def test_text_ends_at_the_end_token(ckpt):
   (stopped,) = generate(stopping, PROMPTS[:1], dataclasses.replace(config, stop_at_eos=True))
   assert stopped.text == cut.text and stopped.trace.nfe[0] == end + 1
   assert stopped.tokens.tolist() == ids[: end + 1] + [ckpt.mask_id] * (len(ids) - end - 1)
+
+
+def test_text_ends_at_a_padding_token(ckpt):
+  """Instruction tuning fills rows with <|dlm_pad|>, which in a SentencePiece file is not `pad_id`."""
+  assert ckpt.tokenizer.special_ids["<|dlm_pad|>"] not in (ckpt.pad_id, ckpt.eos_id)
+  config = dataclasses.replace(GREEDY, alg="left_to_right")
+  (plain,) = generate(ckpt, PROMPTS[:1], config)
+  ids = plain.tokens.tolist()
+  end = next(i for i, token in enumerate(ids) if i > 0 and token not in ids[:i])
+  padding = copy.copy(ckpt.tokenizer)  # for which what was written there is that token
+  padding.special_ids = {**padding.special_ids, "<|dlm_pad|>": ids[end]}
+  for changes in ({"tokenizer": padding}, {"pad_id": ids[end]}):
+    (cut,) = generate(dataclasses.replace(ckpt, **changes), PROMPTS[:1], config)
+    assert cut.tokens.tolist() == ids and (cut.length, cut.ended) == (end, True)
+    assert cut.text == ckpt.tokenizer.decode(ids[:end]) != plain.text
+    assert cut.full_text == PROMPTS[0] + cut.text
 
 
 @pytest.mark.parametrize(

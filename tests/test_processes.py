@@ -1,9 +1,17 @@
 """Two processes of four devices each train as one process of eight does."""
 
+import collections
+import json
 import pathlib
+import signal
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from diffucoder_jax.data import corpus, pipeline
+from diffucoder_jax.data.tokenizer import load_tokenizer
+from diffucoder_jax.runtime import checkpoint
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -16,6 +24,15 @@ def changes(mesh, **more):
 
 def start_two(home, workdir, folder, *settings):
   """Starts process 0 and 1 of one run; `settings` are one or two dicts. Returns (process, log)s."""
+  logs = [folder / f"{workdir.name}-{i}.log" for i in range(2)]
+  return start_both([tiny.flags(home, workdir, None, each) for each in settings], logs)
+
+
+def start_both(arguments, logs, devices=4, **more):
+  """As `start_two`, from one or two lists of arguments, on `devices` devices each.
+
+  `more` is put into their environment.
+  """
   port = tiny.free_port()
   started = []
   for i in range(2):
@@ -23,9 +40,8 @@ def start_two(home, workdir, folder, *settings):
       "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{port}",
       "DIFFUCODER_PROCESSES": "2", "DIFFUCODER_PROCESS": str(i),
     }  # fmt: skip
-    arguments = tiny.flags(home, workdir, None, settings[i % len(settings)])
-    log = folder / f"{workdir.name}-{i}.log"
-    started.append((tiny.start("train", arguments, log, devices=4, **cluster), log))
+    own = arguments[i % len(arguments)]
+    started.append((tiny.start("train", own, logs[i], devices=devices, **cluster, **more), logs[i]))
   return started
 
 
@@ -79,3 +95,131 @@ def test_processes_with_different_configs_are_refused(home, tmp_path):
     assert code not in (0, 42)
     assert "processes disagree about the config" in text, text[-4000:]
   assert not (tmp_path / "run").exists()
+
+
+# --- Exactly once: a mixture, a kill, another number of processes.
+
+SHARES = {"code": 0.75, "text": 0.25}
+EVERY = 7  # steps between checkpoints
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
+MIXED = """
+from configs import tiny
+
+
+def get_config():
+  c = tiny.get_config()
+  c.tokenizer = {tokenizer!r}
+  c.data.source = "mixture"
+  c.data.mixture = {parts!r}
+  c.optim.steps = 60
+  c.checkpoint.every = {every}
+  c.eval.every = 20
+  c.eval.rows = 8
+  return c
+"""
+
+
+def prepare(home, folder):
+  """Two small datasets by the real program, of other files each. Returns {source: its folder}."""
+  files = sorted(pathlib.Path(home.corpus).iterdir())[:16]
+  (folder / "code").mkdir()
+  for file in files:
+    (folder / "code" / file.name).write_bytes(file.read_bytes())
+  lines = [{"content": "\n".join(f"{i} and {j} make {i + j}." for j in range(i, i + 9))}
+           for i in range(24)]  # fmt: skip
+  (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  from_ = {"code": ("folder", folder / "code"), "text": ("jsonl", folder / "text.jsonl")}
+  for name, (source, path) in from_.items():
+    changes = {"source": source, "path": path, "held_out": 0.2}
+    values = [f"--config.data.{key}={value}" for key, value in changes.items()]
+    done = tiny.run("prepare", [
+      "dataset", "--config=configs/prepare_stdlib.py", f"--config.tokenizer={home.tokenizer}",
+      "--config.prepare.near_threshold=0.0", f"--output={folder / name}_dataset", *values,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+  return {name: f"{folder / name}_dataset" for name in from_}
+
+
+def rows_of(c, steps, states):
+  """(the mixture, tokens of all rows in the order in which they come) in `steps` steps of a run.
+
+  `states` maps the step at which each part of the run begins to (state, number of processes).
+  """
+  train = corpus.open_corpus(c.data, load_tokenizer(c.tokenizer), c.seed).train
+  stream, begins = [], sorted(states)
+  for begin, end in zip(begins, [*begins[1:], steps], strict=True):
+    state, processes = states[begin]
+    batches = [pipeline.train_batches(train, c.data, c.seed, (i, processes))
+               for i in range(processes)]  # fmt: skip
+    for each in batches if state else ():
+      each.set_state(state)
+    for _ in range(begin, end):
+      stream += [row for each in batches for row in next(each)["tokens"]]
+  return train, stream
+
+
+def test_every_row_comes_once_after_a_kill_and_with_twice_the_processes(home, tmp_path):
+  pytest.importorskip("rensa")
+  config = tmp_path / "mixed.py"
+  parts = {name: {"path": path, "share": SHARES[name]}
+           for name, path in prepare(home, tmp_path).items()}  # fmt: skip
+  config.write_text(MIXED.format(tokenizer=home.tokenizer, parts=parts, every=EVERY))
+  whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "run.log"
+  flags = lambda workdir: [f"--config={config}", f"--workdir={workdir}"]  # noqa: E731
+  done = tiny.run("train", flags(whole), devices=2, **QUICK)
+  assert done.returncode == 0, done.stderr[-4000:]
+
+  # One process is killed some steps after a checkpoint; two go on.
+  def between():
+    step = tiny.last_row(run)["step"]
+    return step > 2 * EVERY and step % EVERY in (3, 4)
+
+  process = tiny.start("train", flags(run), log, devices=2, **QUICK)
+  assert tiny.wait_until(between, process), log.read_text()[-4000:]
+  process.kill()
+  assert tiny.wait(process) == -signal.SIGKILL
+  step = tiny.steps_on_file(run)[-1]
+  assert EVERY <= step < tiny.last_row(run)["step"] < 60
+  _, saved, _ = checkpoint.read_text_items(run / "checkpoints" / str(step))
+  logs = [tmp_path / "0.log", tmp_path / "1.log"]
+  ended = wait_for_both(start_both([flags(run)], logs, devices=1, **QUICK))
+  assert [code for code, _ in ended] == [0, 0], "\n".join(text[-4000:] for _, text in ended)
+  assert f"continuing from checkpoint {run}/checkpoints/{step}" in ended[0][1]
+  assert "2 process(es)" in ended[0][1]
+
+  # It ends as the run that nobody stopped.
+  c = ConfigDict(json.loads((run / "config.json").read_text()))
+  assert list(tiny.losses(run)) == list(range(1, 61))
+  assert [row.keys() for row in tiny.rows(run)] == [row.keys() for row in tiny.rows(whole)]
+  for row, wanted in zip(tiny.rows(run), tiny.rows(whole), strict=True):
+    counters = [key for key in wanted if key.startswith("data/")]
+    assert [row[key] for key in counters] == [wanted[key] for key in counters]
+    assert row == pytest.approx(wanted, rel=1e-5)
+  # Adam moves every number by up to the learning rate a step, however small its gradient: what was
+  # rounded otherwise may show, what was read otherwise would by far.
+  ours = tiny.params(run)
+  for name, wanted in tiny.params(whole).items():
+    assert np.abs(ours[name] - wanted).max() <= 0.01 * c.optim.lr, name
+
+  # The rows that the two lives of the run were given, from the state that the kill left on file.
+  states = {0: (None, 1), step: (saved["batches"], 2)}
+  mixture, stream = rows_of(c, c.optim.steps, states)
+  places = {
+    rows[i]["tokens"].tobytes(): (name, i) for name, rows in mixture.parts.items()
+    for i in range(len(rows))
+  }  # fmt: skip
+  assert len(places) == len(mixture), "two rows are equal: nobody could tell them apart"
+  seen = collections.defaultdict(list)
+  for tokens in stream:
+    name, i = places[tokens.tobytes()]
+    seen[name].append(i)
+  last = [row for row in tiny.rows(run) if "loss" in row][-1]
+  for name, rows in mixture.parts.items():
+    assert len(seen[name]) > 2 * len(rows)
+    for begin in range(0, len(seen[name]), len(rows)):
+      epoch = seen[name][begin : begin + len(rows)]
+      assert len(set(epoch)) == len(epoch), f"a row of {name} came twice in an epoch"
+    assert abs(len(seen[name]) / len(stream) - SHARES[name]) < 0.08
+    assert last[f"data/{name}_tokens"] == len(seen[name]) * c.data.seq_len
+    assert last[f"data/{name}_epochs"] == len(seen[name]) / len(rows)
+  assert sum(map(len, seen.values())) == c.optim.steps * c.data.global_batch

@@ -40,7 +40,8 @@ def test_one_stage_after_the_other(home, tmp_path):
     "init_from": str(tmp_path / "mid"), "data.path": str(problems), "data.seq_len": 256,
     "optim.steps": 24, "model.lora_rank": 0,
   }  # fmt: skip
-  run(sft_7b, tmp_path / "sft", changes)
+  rows = run(sft_7b, tmp_path / "sft", changes)
+  assert 0 < rows[-1]["eval/bits_per_byte"] < rows[-1]["eval/unigram_bits_per_byte"] * 3
   losses = list(tiny.losses(tmp_path / "sft").values())
   assert np.mean(losses[-6:]) < np.mean(losses[:6])
   ckpt = pretrained.from_pretrained(tmp_path / "sft")

@@ -18,7 +18,7 @@ def container_chunks(pattern, cut_file):
   """A cutter of `path`, a file or a folder of files that match `pattern`."""
 
   def cutter(data, settings):
-    root = os.fspath(sources._existing(data["path"]))
+    root = os.fspath(sources.existing(data["path"]))
     if os.path.isdir(root):
       entries = walk(root, pattern.split("/"))
     else:

@@ -27,7 +27,7 @@ class Raw(NamedTuple):
 
 def cut_folder(data, settings):
   """Chunks of the files below `path` that match `pattern`."""
-  root = os.fspath(sources._existing(data["path"]))
+  root = os.fspath(sources.existing(data["path"]))
   if not os.path.isdir(root):
     raise ValueError(f"data.path={root!r} is a file; source 'folder' needs a folder")
   return _file_chunks(walk(root, data["pattern"].split("/")), settings)
@@ -36,7 +36,7 @@ def cut_folder(data, settings):
 def cut_stdlib(_, settings):
   """Chunks of the running interpreter's standard library, without what `sources` leaves out."""
   root = sysconfig.get_paths()["stdlib"]
-  entries = walk(root, ["**", "*.py"], skip=sources._NOT_STDLIB)
+  entries = walk(root, ["**", "*.py"], skip=sources.NOT_STDLIB)
   kept = (e for e in entries if not e["name"].rsplit("/", 1)[-1].startswith("_sysconfigdata"))
   return _file_chunks(({**entry, "license": "PSF-2.0"} for entry in kept), settings)
 
@@ -73,7 +73,7 @@ def walk(folder, pattern, prefix="", inherited="", skip=()):
       if child.name not in skip:
         yield from walk(child.path, pattern, name + "/", here, skip)
       continue
-    matches = sources._matches(name.split("/"), pattern)
+    matches = sources.matches(name.split("/"), pattern)
     try:
       status = child.stat()
     except OSError as error:

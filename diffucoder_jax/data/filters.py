@@ -30,9 +30,9 @@ _NOT_ALPHANUMERIC = bytes(i for i in range(128) if not chr(i).isalnum())
 def decode(name: str, contents: bytes | str):
   """(text, reason, detail): the text, or "" and why there is none."""
   try:
-    return sources._decode(name, contents), "", ""
+    return sources.decode(name, contents), "", ""
   except (UnicodeError, SyntaxError, LookupError) as error:
-    return "", "undecodable", sources._why(contents, error)
+    return "", "undecodable", sources.why(contents, error)
 
 
 def judge(text: str, settings: Settings):

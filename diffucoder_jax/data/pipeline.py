@@ -65,6 +65,12 @@ class PackedRows:
       "maskable": np.pad(position_L > 0, (0, empty)),
     }
 
+  def scored_counts(self, vocab_size: int):
+    """int64 [vocab_size]: how often each token stands where it is maskable, without the rows."""
+    scored_N = np.arange(len(self.tokens)) % self.seq_len > 0
+    scored_N[self.starts] = False
+    return np.bincount(self.tokens[:][scored_N], minlength=vocab_size)
+
 
 class Corpus(NamedTuple):
   """A tokenised corpus. `fingerprint` is equal where text, tokenizer, seed and row length are."""
@@ -231,7 +237,9 @@ def prompts(rows, count, num_tokens):
     row = rows[row]
     own_L = row["segment_ids"] == row["segment_ids"][0]
     tokens = row["tokens"][own_L]
-    cut = int(np.argmin(row["prompt"][own_L])) if "prompt" in row else min(num_tokens, len(tokens) // 2)
+    cut = (
+      int(np.argmin(row["prompt"][own_L])) if "prompt" in row else min(num_tokens, len(tokens) // 2)
+    )
     if cut > 0:
       begun.append(tokens[:cut].tolist())
       followed.append(tokens[cut : cut + num_tokens].tolist())
@@ -278,15 +286,16 @@ def unigram_bits_per_byte(train_rows, held_out_rows, token_bytes, count_rows=Non
   tokens, which stand for no bytes.
 
   Args:
-    train_rows, held_out_rows: `PackedRows`.
+    train_rows: rows with `scored_counts`: `PackedRows`, or conversations. A mixture has none: its
+      datasets are too large to be counted at every start.
+    held_out_rows: rows of the same kind.
     token_bytes: int32 [vocab_size], from the tokenizer.
     count_rows: score the rows that `held_out_batches` gives for this number; all when None.
   Raises:
     ValueError: no held-out rows.
   """
   count_rows = len(held_out_rows) if count_rows is None else count_rows
-  vocab_size = len(token_bytes)
-  counts_V = np.bincount(_scored(train_rows.tokens, train_rows), minlength=vocab_size) + 1.0
+  counts_V = train_rows.scored_counts(len(token_bytes)) + 1.0
   bits_V = np.log2(counts_V.sum()) - np.log2(counts_V)
   bits = size = 0.0
   for batch in held_out_batches(held_out_rows, count_rows, 64):
@@ -294,13 +303,6 @@ def unigram_bits_per_byte(train_rows, held_out_rows, token_bytes, count_rows=Non
     bits += bits_V[scored].sum()
     size += token_bytes[scored].sum(dtype=np.int64)
   return float(bits / size)
-
-
-def _scored(tokens, rows):
-  """The maskable ones of all tokens, without making the rows."""
-  maskable = np.arange(len(tokens)) % rows.seq_len > 0
-  maskable[rows.starts] = False
-  return tokens[maskable]
 
 
 def _local_rows(rows, shard, name):

@@ -21,8 +21,8 @@ from etils import epath
 
 # Folders of the standard library that are not programs: tests, other people's packages, and tables
 # of data written as Python (code pages, help texts), 18 % of the bytes.
-_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_NOT_STDLIB |= {"encodings", "pydoc_data"}
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NOT_STDLIB |= {"encodings", "pydoc_data"}
 _NAMES_SHOWN = 5
 
 
@@ -54,9 +54,9 @@ def read_documents(data_config) -> tuple[list[Document], list[str]]:
   documents, dropped = [], []
   for name, raw in SOURCES[data_config.source](data_config):
     try:
-      documents.append(Document(name, _decode(name, raw)))
+      documents.append(Document(name, decode(name, raw)))
     except (UnicodeError, SyntaxError, LookupError) as error:
-      where = f"{name} is not valid text: {_why(raw, error)}"
+      where = f"{name} is not valid text: {why(raw, error)}"
       if data_config.on_undecodable == "error":
         remedy = "repair or remove it, or set data.on_undecodable='skip'"
         raise ValueError(f"{where}; {remedy}") from error
@@ -108,7 +108,7 @@ def stdlib(_) -> Iterator[tuple[str, bytes]]:
   for name in sorted(paths):
     *folders, file = name.split("/")
     # _sysconfigdata: what the interpreter was built with, one long dictionary.
-    if not _NOT_STDLIB & set(folders) and not file.startswith("_sysconfigdata"):
+    if not NOT_STDLIB & set(folders) and not file.startswith("_sysconfigdata"):
       yield name, paths[name].read_bytes()
 
 
@@ -117,7 +117,7 @@ def folder(data_config):
 
   Names are relative to `path`. Links to folders are not followed.
   """
-  root = _existing(data_config.path)
+  root = existing(data_config.path)
   if not root.is_dir():
     raise ValueError(f"data.path={data_config.path!r} is a file; source 'folder' needs a folder")
   for name, file in _glob(root, data_config.pattern):
@@ -134,7 +134,7 @@ def jsonl(data_config):
           continue
         name = f"{file}:{number}"
         try:
-          # Bytes that are no UTF-8 become lone surrogates, which `_decode` finds and names.
+          # Bytes that are no UTF-8 become lone surrogates, which `decode` finds and names.
           record = json.loads(line.decode("utf-8", "surrogateescape"))
         except json.JSONDecodeError as error:
           raise ValueError(f"{name} is not JSON: {error}") from error
@@ -212,7 +212,8 @@ SOURCES = {
 }
 
 
-def _existing(path):
+def existing(path):
+  """`path` as an `epath.Path`; an empty one or one that is not there is named as `data.path`."""
   if not path:
     raise ValueError("data.path is empty; this data.source needs one")
   found = epath.Path(path)
@@ -222,7 +223,7 @@ def _existing(path):
 
 
 def _files(path, pattern):
-  found = _existing(path)
+  found = existing(path)
   if not found.is_dir():
     return [found]
   files = [file for _, file in _glob(found, pattern)]
@@ -241,18 +242,19 @@ def _glob(root, pattern):
       if child.is_dir():
         if not os.path.islink(child):
           folders.append((f"{name}/", child))
-      elif _matches(name.split("/"), pattern.split("/")) and child.is_file():
+      elif matches(name.split("/"), pattern.split("/")) and child.is_file():
         found[name] = child
   return sorted(found.items())
 
 
-def _matches(parts, pattern):
+def matches(parts, pattern):
+  """Whether the parts of a name match those of a glob, where "**" is any number of folders."""
   if not pattern:
     return not parts
   if pattern[0] == "**":
-    return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return any(matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
   return (
-    bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
   )
 
 
@@ -262,8 +264,14 @@ def _text(name, key, value):
   return value
 
 
-def _decode(name, raw):
-  """Text of `raw`. Python files say their encoding (PEP 263); all else is UTF-8."""
+def decode(name, raw):
+  """Text of `raw`, the bytes (or the str) of document `name`.
+
+  Python files say their encoding (PEP 263); all else is UTF-8.
+
+  Raises:
+    UnicodeError, SyntaxError, LookupError: it is no text; `why` makes a sentence of it.
+  """
   if isinstance(raw, str):
     raw.encode()  # lone surrogates are no text and would fail much later, in the tokenizer
     return raw
@@ -273,7 +281,8 @@ def _decode(name, raw):
   return raw.decode(encoding)
 
 
-def _why(raw, error):
+def why(raw, error):
+  """What is wrong with `raw`, and where, from the error that `decode` raised."""
   if isinstance(error, SyntaxError) and isinstance(raw, bytes):
     # `detect_encoding` keeps the offset to itself when its first lines are not UTF-8.
     try:

@@ -109,6 +109,21 @@ def test_scored_counts_are_those_of_the_rows(config, tokenizer):
     np.testing.assert_array_equal(counts, np.bincount(scored, minlength=tokenizer.vocab_size))
 
 
+@pytest.mark.parametrize("padding", conversations.PADDING)
+def test_the_unigram_counts_responses_and_their_pads(config, hf_tokenizer, padding):
+  """From the rows as they are: what a model must beat on them, and nothing of the prompts."""
+  opened = conversations.load_conversations(with_settings(config, padding=padding), hf_tokenizer)
+  train, held_out = (
+    np.concatenate([row["tokens"][row["maskable"]] for row in all_rows(rows)])
+    for rows in (opened.train, opened.held_out)
+  )
+  token_bytes = hf_tokenizer.token_bytes()
+  counts = np.bincount(train, minlength=len(token_bytes)) + 1.0
+  wanted = -np.log2(counts / counts.sum())[held_out].sum() / token_bytes[held_out].sum()
+  got = pipeline.unigram_bits_per_byte(opened.train, opened.held_out, token_bytes)
+  assert got == pytest.approx(wanted)
+
+
 # ---------------------------------------------------------------------------------------------
 # Over-long conversations
 

@@ -69,6 +69,16 @@ def test_batches_do_not_depend_on_processes_or_restarts(data_config):
     batches.set_state(state)
   parts += [np.concatenate([next(batches)["tokens"] for batches in second]) for _ in range(25)]
   np.testing.assert_array_equal(np.stack(parts), whole)
+  # Of that run of one process and then two: every row of a source once in each of its epochs.
+  stream = np.concatenate(parts)[:, 0].tolist()
+  for name, own in (("code", range(50)), ("text", range(100, 120)), ("math", range(200, 207))):
+    seen = [row for row in stream if row in own]
+    assert len(seen) == mixture().rows_taken(len(stream))[name]
+    assert abs(len(seen) / len(stream) - SHARES[name]) < 0.1
+    for begin in range(0, len(seen), len(own)):
+      epoch = seen[begin : begin + len(own)]
+      assert len(set(epoch)) == len(epoch)
+  assert {row for row in stream if row < 200} == {*range(50), *range(100, 120)}
 
 
 def test_wrong_shares_are_named():

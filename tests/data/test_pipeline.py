@@ -215,6 +215,13 @@ def test_unigram_by_hand():
   assert got == pytest.approx(-math.log2(3 / 7) / 3)
 
 
+@pytest.mark.parametrize("seq_len", [2, 7, 1000])
+def test_scored_counts_are_those_of_the_rows(corpus, seq_len):
+  rows = PackedRows(corpus.train.tokens, corpus.train.starts, seq_len, pad_id=0)
+  scored = np.concatenate([row["tokens"][row["maskable"]] for row in all_rows(rows)])
+  np.testing.assert_array_equal(rows.scored_counts(700), np.bincount(scored, minlength=700))
+
+
 def test_unigram_scores_the_rows_that_are_asked_for(corpus, sentencepiece_tokenizer):
   sizes = sentencepiece_tokenizer.token_bytes()
   some, most = (pipeline.unigram_bits_per_byte(corpus.train, corpus.held_out, sizes, count)
