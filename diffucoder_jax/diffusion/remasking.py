@@ -85,27 +85,23 @@ def negative_entropy(probs_BLV):
   return jnp.sum(probs_BLV * jnp.log(probs_BLV + 1e-10), axis=-1)
 
 
-def probability(probs_BLV, tokens_BL):
-  """Probability of the chosen tokens."""
-  return jnp.take_along_axis(probs_BLV, tokens_BL[..., None], axis=-1)[..., 0]
+def _probability(probs_BLV, drawn_BL, index_BL):
+  return jnp.take_along_axis(probs_BLV, drawn_BL[..., None], axis=-1)[..., 0]
 
 
-def _margin(probs_BLV, drawn_BL):
+def _margin(probs_BLV, drawn_BL, index_BL):
   top_BL2 = jax.lax.top_k(probs_BLV, 2)[0]
   return top_BL2[..., 0] - top_BL2[..., 1]
 
 
-def _leftmost(probs_BLV, drawn_BL):
-  return jnp.broadcast_to(-jnp.arange(drawn_BL.shape[1], dtype=jnp.float32), drawn_BL.shape)
-
-
-# How sure a position is: (probs_BLV, drawn_BL) -> float32 [B, L], higher commits first.
+# How sure a position is: (probs_BLV, drawn_BL, index_BL: its place on the canvas) -> float32 [B, L],
+# higher commits first.
 CONFIDENCE = {
-  "origin": probability,  # recorded only: origin picks positions at random
-  "maskgit_plus": probability,
+  "origin": _probability,  # recorded only: origin picks positions at random
+  "maskgit_plus": _probability,
   "topk_margin": _margin,  # of the two best, whatever was drawn
-  "entropy": lambda probs_BLV, drawn_BL: negative_entropy(probs_BLV),
-  "left_to_right": _leftmost,  # the order of an autoregressive model
+  "entropy": lambda probs_BLV, drawn_BL, index_BL: negative_entropy(probs_BLV),
+  "left_to_right": lambda probs_BLV, drawn_BL, index_BL: -index_BL.astype(jnp.float32),
 }
 
 

@@ -181,7 +181,7 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
       drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
         logits_BSV, filtered_BSV, mask_id, gumbel_BSV
       )
-      confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS)
+      confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, index_BS)
       entropy_BS = -remasking.negative_entropy(probs_BSV)
     with jax.named_scope("choose_positions"):
       if c.alg == "origin":  # each position on its own, so the number committed varies

@@ -34,7 +34,7 @@ def test_filtered_probabilities_and_confidences(shared):
       elif what.endswith("/x0") and not key.startswith("tied"):
         np.testing.assert_array_equal(drawn_BL[0], data[name], err_msg=name)
       elif what.endswith("/confidence"):
-        got = remasking.CONFIDENCE[what.split("/")[0]](probs_BLV, drawn_BL)[0]
+        got = remasking.CONFIDENCE[what.split("/")[0]](probs_BLV, drawn_BL, None)[0]
         np.testing.assert_allclose(got, data[name], atol=1e-5, err_msg=name)
       else:
         continue

@@ -49,7 +49,7 @@ def test_confidences_are_their_definitions():
   }
   assert wanted.keys() == remasking.CONFIDENCE.keys()
   for alg, want in wanted.items():
-    got = remasking.CONFIDENCE[alg](probs, drawn)
+    got = remasking.CONFIDENCE[alg](probs, drawn, jnp.arange(drawn.shape[1])[None])
     np.testing.assert_allclose(got, [want], rtol=1e-6, err_msg=alg)
 
 

@@ -25,20 +25,26 @@ ALGS = sorted(remasking.CONFIDENCE)
 def run():
   """(canvas, valid, keys, config) -> Trace, jitted, on one small random network."""
   params = nn.unbox(init_params(Transformer(CONFIG), jax.random.key(0)))
-  jitted = functools.partial(jax.jit(sample, static_argnums=4), params)
+  jitted = functools.partial(
+    jax.jit(sample, static_argnums=4, static_argnames="slots"), params
+  )
   jitted.compiles = jitted.func._cache_size
   return jitted
 
 
-def sample(params, canvas, valid, keys, config, bias=0.0):
-  def logits_fn(canvas, valid):
+def sample(params, canvas, valid, keys, config, bias=0.0, slots=None):
+  def logits_fn(canvas, valid, index=None):
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     features = Transformer(CONFIG).apply(
       {"params": params}, canvas, valid.astype(jnp.int32), positions
     )
+    if index is not None:
+      features = jnp.take_along_axis(features, index[..., None], axis=1)
     return unembed(params, features).at[..., EOS].add(bias)
 
-  return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS)
+  return sampler.generate(
+    logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS, slots=slots
+  )
 
 
 def layout(prompts, new, left, right=0):
@@ -50,6 +56,25 @@ def layout(prompts, new, left, right=0):
     end = length - right
     canvas[b, end - len(row) : end], valid[b, end - len(row) : end] = row, True
   return canvas, valid
+
+
+@pytest.mark.parametrize(
+  "alg, temperature", [("entropy", 0.8), ("left_to_right", 0.0), ("origin", 0.5)]
+)
+def test_only_what_is_written_needs_logits(run, alg, temperature):
+  """Logits of 12 of 21 positions or of all: the same denoising, holes and short rows included."""
+  config = sampler.SamplerConfig(alg=alg, steps=6, max_new_tokens=9, temperature=temperature, top_p=0.9)
+  holes = ([2, MASK, MASK, 3, MASK, 4], [5, 6, 7, 8, 9, 10, 11], [12], [MASK, 14, 15, 16])
+  canvas, valid = layout(holes, 9, left=3, right=3)
+  keys = sampler.row_keys(0, 4)
+  whole, part = (run(canvas, valid, keys, config, slots=slots) for slots in (None, 12))
+  np.testing.assert_array_equal(part.tokens, whole.tokens)
+  np.testing.assert_array_equal(part.step, whole.step)
+  np.testing.assert_array_equal(part.nfe, whole.nfe)
+  np.testing.assert_array_equal(part.valid, whole.valid)
+  np.testing.assert_allclose(part.confidence, whole.confidence, atol=1e-5)
+  np.testing.assert_allclose(part.entropy, whole.entropy, atol=1e-5)
+  assert (np.asarray(part.tokens)[valid] != MASK).all()
 
 
 def written(trace, b):
