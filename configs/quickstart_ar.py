@@ -15,7 +15,7 @@ from configs import common
 def get_config(arg=None):
   if arg is not None:
     raise ValueError(f"configs/quickstart_ar.py takes no argument, got {arg!r}")
-  c = common.base("small", vocab_size=1024, max_seq_len=256)
+  c = common.base("small", max_seq_len=256)
   c.objective.kind = "autoregressive"
   c.data.on_undecodable = "skip"
   c.data.seq_len = 128

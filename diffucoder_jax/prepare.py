@@ -85,7 +85,8 @@ def problems(config, output, _=None):
   No two of them compute the same function. Each line is a problem, for RL and evaluation, and an
   instruction with its answer, for tuning.
   """
-  sides = toy_problems.make_problems(config.problems.train, config.problems.test, config.seed)
+  c = config.problems
+  sides = toy_problems.make_problems(c.train, c.test, config.seed, c.largest)
   for name, side in zip(("train", "test"), sides, strict=True):
     write_problems(side, epath.Path(output) / f"{name}.jsonl")
   first = sides[1][0]

@@ -133,8 +133,8 @@ def make_problems(train=3000, test=200, seed=0, largest=9, names=("f",)):
   Args:
     train, test: how many. The test problems do not depend on `train`.
     seed: which ones, and on which inputs they are tested.
-    largest: largest number in a description, up to 12. Larger ones make it harder: two digits are
-      two tokens.
+    largest: largest number in a description, up to 12. More of them make it harder: a network of a
+      million parameters learns late to copy a number out of the description.
     names: what functions may be called. Several make it harder: the name has to be copied.
   Returns:
     (train problems, test problems), lists of `Problem`.
