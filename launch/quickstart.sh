@@ -13,7 +13,7 @@ WORKDIR=${1:-$PWD/workdir_quickstart}
 AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
 MID_STEPS=${MID_STEPS:-100}        # on cleaned functions
-SFT_STEPS=${SFT_STEPS:-1200}       # on small programming problems
+SFT_STEPS=${SFT_STEPS:-1150}       # on small programming problems
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model
@@ -52,17 +52,17 @@ step "7/11 mid-training on cleaned functions, $MID_STEPS steps"
 train --config=configs/quickstart_midtrain.py --workdir="$WORKDIR/mid" \
   --config.init_from="$WORKDIR/adapt" --config.optim.steps="$MID_STEPS"
 
-step "8/11 instruction tuning on small programming problems, $SFT_STEPS steps"
+step "8/11 instruction tuning on small programming problems, from fresh weights, $SFT_STEPS steps"
 [ -s "$WORKDIR/problems/test.jsonl" ] ||
   python -m diffucoder_jax.prepare problems --config=configs/quickstart_sft.py \
     --output="$WORKDIR/problems"
 train --config=configs/quickstart_sft.py --workdir="$WORKDIR/sft" \
-  --config.init_from="$WORKDIR/mid" --config.optim.steps="$SFT_STEPS" \
+  --config.tokenizer="$TOKENIZER" --config.optim.steps="$SFT_STEPS" \
   --config.data.path="$WORKDIR/problems/train.jsonl"
 
 step "9/11 its answers to problems that were held out"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/sft" --chat --system '' \
-  --prompts "$WORKDIR/problems/test.jsonl" --max_new_tokens 48 --steps 24 --temperature 0 --top_p 1 \
+  --prompts "$WORKDIR/problems/test.jsonl" --max_new_tokens 50 --steps 25 --temperature 0 --top_p 1 \
   --batch_size 100 --output "$WORKDIR/answers.jsonl" | tail -n 16
 
 step "10/11 the report"
