@@ -13,9 +13,9 @@ def get_config(arg=None):
   c = quickstart_adapt.get_config()
   c.objective.anneal_steps = 0
   c.data.unit = "function"
-  c.optim.steps = 100
-  c.optim.warmup_steps = 10
+  c.optim.steps = 60
+  c.optim.warmup_steps = 6
   c.optim.lr = 1.5e-3
-  c.eval.every = 50
+  c.eval.every = 30
   c.eval.rows = 64
   return c

@@ -12,8 +12,8 @@ enter_venv report
 WORKDIR=${1:-$PWD/workdir_quickstart}
 AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
-MID_STEPS=${MID_STEPS:-100}        # on cleaned functions
-SFT_STEPS=${SFT_STEPS:-1150}       # on small programming problems
+MID_STEPS=${MID_STEPS:-60}         # on cleaned functions
+SFT_STEPS=${SFT_STEPS:-1100}       # on small programming problems
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model
@@ -61,9 +61,10 @@ train --config=configs/quickstart_sft.py --workdir="$WORKDIR/sft" \
   --config.data.path="$WORKDIR/problems/train.jsonl"
 
 step "9/11 its answers to problems that were held out"
+head -n 128 "$WORKDIR/problems/test.jsonl" >"$WORKDIR/questions.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/sft" --chat --system '' \
-  --prompts "$WORKDIR/problems/test.jsonl" --max_new_tokens 50 --steps 25 --temperature 0 --top_p 1 \
-  --batch_size 100 --output "$WORKDIR/answers.jsonl" | tail -n 16
+  --prompts "$WORKDIR/questions.jsonl" --max_new_tokens 50 --steps 25 --temperature 0 --top_p 1 \
+  --batch_size 64 --output "$WORKDIR/answers.jsonl" | tail -n 16
 
 step "10/11 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
