@@ -1,4 +1,6 @@
 import collections
+import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -157,3 +159,77 @@ def test_problem_errors(tmp_path):
   path.write_text("{")
   with pytest.raises(ValueError, match="p.jsonl:1 is not JSON"):
     problems.read_problems(path)
+
+
+def test_fields_that_most_problems_lack_are_not_written(tmp_path):
+  path = tmp_path / "p.jsonl"
+  full = dataclasses.replace(PROBLEM, task_id="a/2", prelude="import math\n", stub="def f(x):\n")
+  bare = dataclasses.replace(PROBLEM, task_id="a/3", reference="")
+  problems.write_problems([PROBLEM, full, bare], path)
+  assert problems.read_problems(path) == [PROBLEM, full, bare]
+  first, second, third = (json.loads(line) for line in path.read_text().splitlines())
+  assert set(first) == set(third) == set(second) - {"prelude", "stub"}
+  # Nothing that could be learned as an answer.
+  assert third["output"] == "" and bare.answer == "" and first["output"].startswith("```python\n")
+  problems.write_problems([], path)
+  assert problems.read_problems(path) == []
+
+
+@pytest.mark.parametrize(("tests", "code", "name"), [
+  (["assert f(g(1)) == 2", "assert f(2) == 3"], "def g(x): pass\ndef f(x): pass", "f"),
+  (["assert f(A(1)) == 2"], "class A: pass\ndef f(x): pass", "f"),
+  (["a = A(1)\nassert a.go() == 2"], "class A: pass\ndef helper(): pass", "A"),
+  (["assert sum(len(x)) == 2"], "def sum(x): pass", "sum"),
+  (["assert set(f(1)) == {2}", "not python ("], "no python either (", "f"),
+  (["def t():\n  return f(1)\nassert t() == 1"], "", "f"),
+  (["assert len([1]) == 1"], "def f(): pass", ""),
+  ([], "def f(): pass", ""),
+])  # fmt: skip
+def test_entry_point_of(tests, code, name):
+  assert problems.entry_point_of(tests, code) == name
+
+
+@pytest.mark.parametrize(("tests", "code", "integrity"), [
+  (["import math\nassert f(math.sqrt(len([4]))) == max(1, 2)"], "", "isolated"),
+  (["def make(n):\n  return [n]\nx = make(3)\nassert all(f(y) for y in x)"], "", "isolated"),
+  (["assert sorted(f(1), key=lambda z: -z) == [2]", "assert f(int)"], "", "isolated"),
+  (["assert f(1) == 2", "assert f(lambda x: x) == 2"], "", "shared"),
+  (["assert f(g=[lambda x: x]) == 2"], "", "shared"),
+  (["def g(x):\n  return x\nassert f(g) == 2"], "", "shared"),
+  (["def g(x):\n  return x\nassert f(g(1)) == 2"], "", "isolated"),
+  (["assert f(Node(1)) == 2"], "class Node: pass", "shared"),
+  (["n = f(1)\nassert n.x == 2"], "class f: pass", "shared"),
+  (["not python (", "assert f(1)"], "", "isolated"),
+])  # fmt: skip
+def test_integrity_of(tests, code, integrity):
+  assert problems.integrity_of(tests, "f", code) == integrity
+
+
+def test_rows_of_every_kind_of_file(tmp_path):
+  arrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+  rows = [{"a": 1, "b": [{"c": "é"}]}, {"a": 2, "b": []}]
+  lines = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
+  (tmp_path / "r.jsonl").write_bytes(lines)
+  (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(lines))
+  (tmp_path / "r.json").write_text(json.dumps(rows))
+  parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+  for kind in ("jsonl", "jsonl.gz", "json", "parquet"):
+    assert [row for _, row in problems.read_rows(tmp_path / f"r.{kind}")] == rows, kind
+  (name, row), _ = problems.read_rows(tmp_path / "r.parquet", ("a", "z"))
+  assert row == {"a": 1} and name.endswith("r.parquet:0")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+  ("r.csv", b"", "r.csv must end in one of .jsonl, "),
+  ("r.jsonl", b'{"a": 1}\n[]', "r.jsonl:2 is a list, not a JSON object"),
+  ("r.jsonl", b'{"a": "\xff"}', "r.jsonl:1 is not JSON"),
+  ("r.json", b'{"a": 1}', "r.json is a dict, not a list"),
+  ("r.json", b"[1]", r"r.json\[0\] is a int, not a JSON object"),
+  ("r.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "r.jsonl.gz is damaged after line"),
+  ("r.jsonl.gz", b"no gzip", "r.jsonl.gz is damaged after line 0"),
+  ("r.parquet", b"no parquet", "r.parquet is not a readable parquet file"),
+])  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    list(problems.read_rows(tmp_path / name))

@@ -1,0 +1,1 @@
+"""Coupled-GRPO and the estimators it is compared with."""
