@@ -12,7 +12,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import process
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
-from diffucoder_jax.model.transformer import Transformer, unembed
+from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
 from diffucoder_jax.runtime import sharding
 
 # Canvases are padded to a multiple of this, so that prompts of similar length share one program.
@@ -164,16 +164,7 @@ def _sample(ckpt, rows, keys, config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B):
-  model = Transformer(model_config)
-
-  def logits_fn(canvas_BL, valid_BL, index_BS=None):
-    segment_ids_BL = valid_BL.astype(jnp.int32)
-    positions_BL = jnp.maximum(jnp.cumsum(segment_ids_BL, axis=1) - 1, 0)
-    features_BLD = model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_BL)
-    if index_BS is not None:  # those that are still to be written
-      features_BLD = jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
-    return unembed(params, features_BLD)
-
+  logits_fn = canvas_logits_fn(Transformer(model_config), params)
   return sampler_lib.generate(
     logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
     mask_id=mask_id, eos_id=eos_id, slots=slots,

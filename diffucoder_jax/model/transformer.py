@@ -257,3 +257,26 @@ def unembed(params, features):
     matrix_DV = output_matrix(params).astype(features.dtype)
     logits = jnp.einsum("...D,DV->...V", features, matrix_DV, preferred_element_type=jnp.float32)
     return constrain(logits, "batch", *([None] * (logits.ndim - 2)), "vocab")
+
+
+def canvas_logits_fn(model, params):
+  """The function of a canvas that `diffusion.sampler.generate` wants: its logits from this network.
+
+  Returns:
+    (canvas_BL int32, valid_BL bool, index_BS int32 or None) -> float32 [B, L, V], or [B, S, V] at the
+    positions of `index_BS`. Positions count the real tokens of each row.
+  """
+
+  def logits_fn(canvas_BL, valid_BL, index_BS=None):
+    segment_ids_BL = valid_BL.astype(jnp.int32)
+    features_BLD = model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_of(valid_BL))
+    if index_BS is not None:  # those that are still to be written
+      features_BLD = jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
+    return unembed(params, features_BLD)
+
+  return logits_fn
+
+
+def positions_of(valid_BL):
+  """int32 [B, L]: each real token's place among the row's real tokens; padding may be anywhere."""
+  return jnp.maximum(jnp.cumsum(valid_BL, axis=1) - 1, 0)

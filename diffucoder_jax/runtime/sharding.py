@@ -211,6 +211,34 @@ def put_batch(batch, mesh):
   return jax.tree.map(put, batch)
 
 
+def local_rows(x):
+  """This process's block of an array that is sharded by rows, as numpy."""
+  blocks = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
+
+
+def all_rows(x, mesh):
+  """The whole array on every process, from this process's block of its rows (numpy)."""
+  if jax.process_count() == 1:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  _, count = batch_shard(mesh)
+  index = np.asarray(batch_shard(mesh)[0])
+  blocks, indices = multihost_utils.process_allgather((np.asarray(x), index))
+  # Processes that differ along `tensor` only hold the same block: the first one counts.
+  return np.concatenate([blocks[int(np.argmax(indices == i))] for i in range(count)])
+
+
+def largest_everywhere(value):
+  """The largest of the processes' numbers."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return np.max(multihost_utils.process_allgather(np.asarray(value)))
+
+
 def check_same_everywhere(name, value):
   """Raises when processes disagree about `value` (a string), which would make them hang later."""
   if jax.process_count() == 1:
