@@ -2,6 +2,9 @@ r"""The quickstart's diffusion model on cleaned functions: stage 2 of the paper,
 
 python -m diffucoder_jax.train --config=configs/quickstart_midtrain.py --workdir=W/mid \
   --config.init_from=W/adapt
+
+Seen on 2 CPU cores (AMD EPYC, Python 3.11.2's library, 2026-11-21): 22 s in all, at most 2.522 ± 0.065
+bits per byte of held-out functions; a unigram model has 3.084.
 """
 
 from configs import quickstart_adapt
