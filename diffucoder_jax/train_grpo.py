@@ -55,10 +55,10 @@ class State:
 # On the device
 
 
-def update(model, tx, objective_config, estimator, mask_id, new, accumulate, state, ids, iteration, key):
+def update(model, tx, objective_config, estimator, mask_id, new, accumulate, state, iteration, key):
   """One optimiser step on the round in `state.batch`. Returns (state, metrics)."""
   batch = vars(state.batch)
-  passes = draw_passes(key, batch, *ids, estimator, new)
+  passes = draw_passes(key, batch, estimator, new)
   rows = {**batch, "passes": masks.swapped(passes)}
   rows["old"], rows["ref"] = batch["old"][:, iteration], None
   if objective_config.beta:
@@ -212,7 +212,7 @@ def main(config, workdir):
         state = state.replace(batch=batch)
         write_rollouts(rounds.path(workdir, round_), lines)
       key = rounds.keys(round_)[1][iteration]
-      state, on_device = update_fn(state, rounds.ids, jnp.int32(iteration), key)
+      state, on_device = update_fn(state, jnp.int32(iteration), key)
       if rounds.objective.beta and step % rounds.grpo.ref_every == 0:
         state = state.replace(ref=move_ref(state.ref, optim.trained(state.params)))
       row |= {**jax.device_get(on_device), "learning_rate": float(rates[step - 1])}
@@ -281,19 +281,21 @@ def write_rollouts(path, lines):
 
 
 def check_collapse(workdir, writer, step, limits, grpo):
-  """Compares the newest rounds with the run's first ones, and stops or warns."""
+  """Compares the newest rounds with the run's first ones, and stops or warns; on all processes."""
   if step % (grpo.num_iterations * grpo.collapse_rounds):
     return
-  writer.flush()
-  rows = [row for row in metrics.read(workdir) if "reward" in row]
-  first, now = rows[: grpo.collapse_rounds], rows[-grpo.collapse_rounds :]
-  mean = lambda rows: {  # noqa: E731
-    name: float(np.mean([row[name] for row in rows])) for name in ("reward", "entropy", "logp")
-  }
-  found = diagnostics.collapse(mean(first), mean(now), limits)
+  found = []
+  if sharding.is_main_process():  # which has the file
+    writer.flush()
+    rows = [row for row in metrics.read(workdir) if "reward" in row]
+    first, now = (
+      {name: float(np.mean([row[name] for row in part])) for name in ("reward", "entropy", "logp")}
+      for part in (rows[: grpo.collapse_rounds], rows[-grpo.collapse_rounds :])
+    )
+    found = diagnostics.collapse(first, now, limits)
   for sentence in found:
     logging.warning("step %d: %s", step, sentence)
-  if found and grpo.on_collapse == "stop":
+  if sharding.largest_everywhere(len(found)) and grpo.on_collapse == "stop":
     raise SystemExit(f"stopped at step {step}: {'; '.join(found)}. See grpo.on_collapse")
 
 

@@ -10,10 +10,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffucoder_jax import train
+from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.execution import sandbox
+from diffucoder_jax.grpo import diagnostics, masks, rewards, rounds
+from diffucoder_jax.grpo import objective as grpo_objective
 from diffucoder_jax.hf import load
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.model.transformer import Transformer, init_params
-from diffucoder_jax.runtime import optim, sharding
+from diffucoder_jax.runtime import optim, sharding, workdir
 from tests import tiny
 
 STAGES = ("adapt_7b", "midtrain_7b", "sft_7b")
@@ -33,9 +37,13 @@ def test_builds(name):
   module = importlib.import_module(f"configs.{name}")
   assert "python -m diffucoder_jax." in module.__doc__
   c = module.get_config()
-  ModelConfig(**c.model)
-  train.Objective(**c.objective)
   optim.make_optimizer(c.optim)
+  if "grpo" in c:  # the model is the one that it starts from
+    rounds.Grpo(**c.grpo), masks.Estimator(**c.estimator), grpo_objective.Objective(**c.objective)
+    rewards.RewardConfig(**c.reward.to_dict()), sampler.SamplerConfig(**c.sampler)
+    sandbox.Limits(**c.sandbox.limits), diagnostics.Limits(**c.collapse)
+  else:
+    ModelConfig(**c.model), train.Objective(**c.objective)
   with pytest.raises(ValueError, match=f"configs/{name}.py"):
     module.get_config("no such argument")
   for change in getattr(module, "sweep", lambda: [])():
@@ -80,6 +88,16 @@ def test_full_size_steps_lower(name, arg):
   assert metrics["loss"].shape == ()
   count = sum(x.size for x in jax.tree.leaves(load.abstract_params(model.config, mesh)))
   assert count == (7_615_616_512 if arg is None else 494_032_768)
+
+
+def test_the_papers_grpo_differs_where_it_says():
+  """Paper and released code: the four values in which they disagree, and nothing else."""
+  recipe, paper = (config_of("grpo_7b", arg).to_dict() for arg in ("recipe", "paper"))
+  assert config_of("grpo_7b").to_dict() == recipe
+  changes = workdir.config_changes(recipe, paper)
+  keys = [change.split(":")[0] for change in changes]
+  wanted = ["grpo.ref_alpha", "objective.advantage", "problems.split", "sampler.temperature"]
+  assert keys == wanted
 
 
 def test_a_misspelt_key_fails_by_name():

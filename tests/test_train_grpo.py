@@ -1,5 +1,6 @@
 """Coupled-GRPO as a program: it learns, resumes bitwise anywhere in a round, and replays."""
 
+import dataclasses
 import json
 
 import jax
@@ -161,6 +162,24 @@ def test_answers_without_a_verdict_are_masked(start, problems, letters, tmp_path
   reward = np.asarray([line["reward"] for line in lines[1:4]])
   np.testing.assert_allclose([line["advantage"] for line in lines[:4]],
                              [0, *(reward - reward.mean()) * 3 / 2], atol=1e-5)  # fmt: skip
+
+
+def test_groups_that_teach_nothing_are_replaced(start, problems, letters, tmp_path, monkeypatch):
+  """By the other group with its masks: the first step stays on-policy, and all rows count."""
+  score = rewards.score
+
+  def second_group_is_equal(*args):
+    found = score(*args)
+    return [one if i < 4 else dataclasses.replace(one, reward=1.0) for i, one in enumerate(found)]
+
+  monkeypatch.setattr(rewards, "score", second_group_is_equal)
+  changes = {"objective.zero_variance": "substitute", "grpo.variance_every": 1, "optim.steps": 2}
+  run(config(start, problems, **changes), tmp_path / "run")
+  first, second = rows(tmp_path / "run")
+  assert first["zero_variance"] == 0.5 and first["grad_norm"] > 0
+  assert first["ratio_min"] == pytest.approx(1, abs=1e-4) == first["ratio_max"]
+  assert abs(second["ratio_max"] - 1) > 1e-3
+  assert first["estimator/variance"] > 0 and first["estimator/variance_ratio"] < 1.5
 
 
 def test_a_mesh_changes_no_answer(start, problems, letters, whole, tmp_path):

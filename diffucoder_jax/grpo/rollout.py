@@ -33,6 +33,7 @@ class Batch:
     scored: bool [B, L], the completion up to and including its first end token.
     advantages: float32 [B].
     used: bool [B], False where there is no reward, or the group was dropped.
+    rows, groups: int32 [B], what the row's masks are drawn from: its number and its prompt's.
     old: float32 [B, I, L], scores under the policy that sampled, with each iteration's masks.
     ref: the same under the reference; [B, 0, L] without one.
   """
@@ -43,6 +44,8 @@ class Batch:
   scored: jax.Array
   advantages: jax.Array
   used: jax.Array
+  rows: jax.Array
+  groups: jax.Array
   old: jax.Array
   ref: jax.Array
 
@@ -162,6 +165,7 @@ def empty_batch(rows, iterations, length, with_ref, shard):
   return Batch(
     tokens=spec(jnp.int32, length), valid=spec(bool, length), completion=spec(bool, length),
     scored=spec(bool, length), advantages=spec(jnp.float32), used=spec(bool),
+    rows=spec(jnp.int32), groups=spec(jnp.int32),
     old=spec(jnp.float32, iterations, length),
     ref=spec(jnp.float32, iterations if with_ref else 0, length),
   )  # fmt: skip

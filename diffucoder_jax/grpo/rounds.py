@@ -53,17 +53,17 @@ class Grpo:
       raise ValueError(f"grpo.on_collapse is {self.on_collapse!r}; choose 'stop' or 'warn'")
 
 
-def draw_passes(key, batch, row_ids_B, group_ids_B, estimator, new):
+def draw_passes(key, batch, estimator, new):
   """The masks of one inner iteration of a round."""
   return masks.draw_masks(
-    key, row_ids_B, batch["completion"], estimator, group_ids_B=group_ids_B,
+    key, batch["rows"], batch["completion"], estimator, group_ids_B=batch["groups"],
     scored_BL=batch["scored"], prompt_BL=batch["valid"] & ~batch["completion"], max_tokens=new,
   )  # fmt: skip
 
 
-def score(model, estimator, mask_id, new, params, batch, ids, key):
+def score(model, estimator, mask_id, new, params, batch, key):
   """Scores [B, L] of a round's answers; the same for the sampling policy and the reference."""
-  passes = draw_passes(key, batch, *ids, estimator, new)
+  passes = draw_passes(key, batch, estimator, new)
   return logps.token_logps(
     model, params, batch["tokens"], batch["valid"].astype(jnp.int32), positions_of(batch["valid"]),
     passes, mask_id,
@@ -93,18 +93,28 @@ class Rounds:
         "parts of the mesh cannot share equally; make it a multiple"
       )
     self.block = slice(index * self.rows // count, (index + 1) * self.rows // count)
-    local = ids[self.block]
-    self.ids = sharding.put_batch((local, local // self.grpo.num_generations), mesh)
+    self.ids = {"rows": ids[self.block], "groups": ids[self.block] // self.grpo.num_generations}
     self.score = jax.jit(
       functools.partial(
         score, self.model, self.estimator, ckpt.mask_id, self.sampler.max_new_tokens
       )
     )
-    self.stack = jax.jit(self._stack, out_shardings=sharding.batch_sharding(mesh))
+    by_row = sharding.batch_sharding(mesh)
+    self.stack = jax.jit(self._stack, out_shardings=by_row)
+    self.take = jax.jit(
+      lambda batch, rows_B: jax.tree.map(lambda x: x[rows_B], batch), out_shardings=by_row
+    )
+    self.measure = jax.jit(self._measure)
     self.judge = concurrent.futures.ThreadPoolExecutor(1)
 
   def _stack(self, scores):
     return jnp.stack(scores, axis=1) if scores else jnp.zeros((self.rows, 0, self.length))
+
+  def _measure(self, params, batch, key):
+    one = lambda key, estimator: score(  # noqa: E731
+      self.model, estimator, self.ckpt.mask_id, self.sampler.max_new_tokens, params, batch, key
+    )
+    return diagnostics.estimator_variance(one, self.estimator, key, 4, batch["scored"])
 
   def keys(self, round_):
     """(key of the sampling, [keys of the masks of each inner iteration]) of a round."""
@@ -168,7 +178,7 @@ class Rounds:
 
     # While the answers run, the device scores them: neither needs the rewards.
     arrays = rollout.make_batch(trace, self.length, self.sampler.max_new_tokens, self.end_id)
-    placed = sharding.put_batch(arrays, self.mesh)
+    placed = sharding.put_batch({**arrays, **self.ids}, self.mesh)
     old, ref_scores = self.scores(round_, params, ref, placed)
     scored = time.monotonic()
     found = judged.result()
@@ -202,11 +212,11 @@ class Rounds:
   def scores(self, round_, params, ref, placed):
     """(old, reference) scores with the masks of each inner iteration, [B, I, L], on the device."""
     keys = self.keys(round_)[1]
-    old = [self.score(params, placed, self.ids, key) for key in keys]
+    old = [self.score(params, placed, key) for key in keys]
     ref_scores = []
     if self.objective.beta:
       reference = optim.joined(params, ref)
-      ref_scores = [self.score(reference, placed, self.ids, key) for key in keys]
+      ref_scores = [self.score(reference, placed, key) for key in keys]
     return jax.block_until_ready((self.stack(old), self.stack(ref_scores)))
 
   def grouped(self, found):
@@ -231,22 +241,15 @@ class Rounds:
     return {**jax.device_get(summary), "nfe": float(np.mean(trace.nfe)), **parts, **counted}
 
   def substituted(self, batch, index_P):
-    """Other groups' rows in the place of those that teach nothing."""
+    """Other groups' rows, with their masks, in the place of those that teach nothing."""
     rows = (np.asarray(index_P)[:, None] * self.grpo.num_generations
             + np.arange(self.grpo.num_generations)).ravel()  # fmt: skip
-    by_row = sharding.batch_sharding(self.mesh)
-    return jax.jit(lambda b: jax.tree.map(lambda x: x[rows], b), out_shardings=by_row)(batch)
+    return self.take(batch, rows)
 
   def variance(self, round_, params, placed):
     """The estimator's variance on this round's answers, beside that of `decoupled`."""
-    def measure(params, placed, ids, key):
-      one = lambda key, e: score(  # noqa: E731
-        self.model, e, self.ckpt.mask_id, self.sampler.max_new_tokens, params, placed, ids, key
-      )
-      return diagnostics.estimator_variance(one, self.estimator, key, 4, placed["scored"])
-
     key = jax.random.fold_in(self.keys(round_)[0], self.rows)
-    found = jax.device_get(jax.jit(measure)(params, placed, self.ids, key))
+    found = jax.device_get(self.measure(params, placed, key))
     return {f"estimator/{name}": float(value) for name, value in found.items()}
 
   def lines(self, round_, problems, texts, trace, found, advantages):
