@@ -105,6 +105,7 @@ def test_fresh_parameters_do_not_depend_on_the_mesh():
   jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
+@pytest.mark.slow
 def test_the_full_size_step_is_partitioned_without_rematerialisation(capfd):
   """Warnings that only appear at real widths: the 7B's layers on (2, 2, 2), compiled, never run."""
   from diffucoder_jax.model.config import preset

@@ -110,6 +110,7 @@ def test_attention_anneals_from_causal_to_full():
   assert train.attention_pattern(causal, 0, key).kind == "causal"
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(finished, home, tmp_path):
   whole, _ = finished
   tiny.run_training(tiny.config(home, None, {"optim.accumulate": 2}), tmp_path / "run")

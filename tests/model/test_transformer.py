@@ -134,6 +134,7 @@ def test_alignment_starts_anew_at_each_segment():
   assert transformer.align_with_targets(x_BLD)[0, :, 0].tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_gradients(params):
   tokens_BL = tokens(2, 10)
 
