@@ -52,7 +52,8 @@ def config(start, problems, **changes):
     "problems.eval_path": str(problems / "test.jsonl"), "rollout.max_prompt_tokens": 110,
     "sampler.max_new_tokens": 16, "sampler.steps": 4, "sampler.temperature": 1.0,
     "grpo.prompts": 2, "grpo.num_generations": 4, "grpo.ref_every": 3, "optim.steps": 6,
-    "optim.lr": 1e-2, "optim.warmup_steps": 0, "optim.clip_norm": 1.0, "checkpoint.every": 1,
+    "optim.lr": 1e-2, "optim.schedule": "constant", "optim.warmup_steps": 0,
+    "optim.clip_norm": 1.0, "checkpoint.every": 1,
     "checkpoint.keep": 9, "eval.every": 0, "eval.problems": 4, **changes,
   })  # fmt: skip
   return c
