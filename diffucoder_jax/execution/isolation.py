@@ -7,6 +7,7 @@ library to read and nothing to write. Both add the seccomp filter, rlimits and n
 Linux only; x86-64 and aarch64. References: namespaces(7), pivot_root(2), landlock(7), capset(2).
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -331,11 +332,9 @@ def tasks_of_this_user():
   count, uid = 0, os.getuid()
   for name in os.listdir("/proc"):
     if name.isdigit():
-      try:
+      with contextlib.suppress(OSError):  # one that is gone meanwhile
         if os.stat(f"/proc/{name}").st_uid == uid:
           count += len(os.listdir(f"/proc/{name}/task"))
-      except OSError:
-        pass  # gone meanwhile
   return count
 
 

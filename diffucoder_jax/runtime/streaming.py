@@ -6,6 +6,7 @@ restored there, onto any mesh, and the other way round.
 
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Iterable
 
 import jax
@@ -61,10 +62,10 @@ class _Handler(ocp.type_handlers.TypeHandler):
     return "jax.Array"
 
   async def metadata(self, infos):
-    raise NotImplementedError("read it with streaming.open_arrays or checkpoint.restore_params")
+    raise io.UnsupportedOperation("this handler writes; read with streaming.open_arrays")
 
   async def deserialize(self, infos, args=None):
-    raise NotImplementedError("read it with streaming.open_arrays or checkpoint.restore_params")
+    raise io.UnsupportedOperation("this handler writes; read with streaming.open_arrays")
 
   async def serialize(self, values, infos, args=None):
     for array, info in zip(values, infos, strict=True):
