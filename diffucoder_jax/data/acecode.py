@@ -12,7 +12,8 @@ from absl import logging
 from etils import epath
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.data.problems import Problem, entry_point_of, integrity_of, read_rows
+from diffucoder_jax.data.problems import Problem, entry_point_of, integrity_of
+from diffucoder_jax.data.rows import read_rows
 
 # Split -> percentiles of all questions: the mean pass rate is at most the first one, its standard
 # deviation at least the second. The paper (appendix B.1) takes the bottom 20 % by mean and the top

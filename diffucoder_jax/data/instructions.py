@@ -3,19 +3,15 @@
 A record that cannot be used is named at once or counted and skipped, as `on_broken` says.
 """
 
-import gzip
-import json
-import zlib
 from typing import NamedTuple
 
 from absl import logging
 from etils import epath
 
-from diffucoder_jax.data import chat
+from diffucoder_jax.data import chat, rows
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 _NAMES_SHOWN = 5
-_ROWS_AT_ONCE = 1024  # of parquet
 
 
 class Conversation(NamedTuple):
@@ -46,8 +42,7 @@ def read_conversations(path, schema: str, on_broken: str = "error"):
   columns, to_messages = SCHEMAS[schema]
   found, broken = [], []
   for file in _files(path):
-    read = _parquet if file.name.endswith(".parquet") else _jsonl
-    for name, load in read(file, columns):
+    for name, load in rows.open_rows(file, columns):
       try:
         record = load()
         if not isinstance(record, dict):
@@ -144,38 +139,3 @@ def _files(path):
   if not found.name.endswith(_ENDINGS):
     raise ValueError(f"data.path={str(path)!r} must end in one of {', '.join(_ENDINGS)}")
   return [found]
-
-
-def _jsonl(file, _):
-  """(name, function that parses the line) of each line that is not blank."""
-  with file.open("rb") as raw:
-    lines = gzip.open(raw) if file.name.endswith(".gz") else raw
-    number = 0
-    try:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield f"{file}:{number}", lambda line=line: json.loads(line.decode())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(f"{file} is damaged after line {number}: {error}") from error
-
-
-def _parquet(file, columns):
-  try:
-    import pyarrow.parquet
-  except ImportError as error:
-    raise ImportError("reading parquet needs pyarrow: pip install -e '.[parquet]'") from error
-  with file.open("rb") as opened:
-    try:
-      table = pyarrow.parquet.ParquetFile(opened)
-    except pyarrow.ArrowInvalid as error:
-      raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-    known = table.schema_arrow.names
-    if not set(columns) & set(known):
-      raise ValueError(f"{file} has none of the columns {columns}, only {known}; set data.schema")
-    row = 0
-    columns = [name for name in columns if name in known]
-    for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
-      for i in range(batch.num_rows):
-        # One by one: text that is no UTF-8 fails where its row has a name.
-        yield f"{file}:{row + i}", lambda batch=batch, i=i: batch.slice(i, 1).to_pylist()[0]
-      row += batch.num_rows

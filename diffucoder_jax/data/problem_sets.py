@@ -11,13 +11,8 @@ from absl import logging
 from etils import epath
 
 from diffucoder_jax.data import acecode
-from diffucoder_jax.data.problems import (
-  Problem,
-  entry_point_of,
-  integrity_of,
-  read_problems,
-  read_rows,
-)
+from diffucoder_jax.data.problems import Problem, entry_point_of, integrity_of, read_problems
+from diffucoder_jax.data.rows import read_rows
 
 COMPLETE = "Please complete the following problem:\n"
 # Task ids of MBPP (Austin et al. 2021, section 2.1).

@@ -4,11 +4,11 @@ import ast
 import builtins
 import collections
 import dataclasses
-import gzip
 import json
-import zlib
 
 from etils import epath
+
+from diffucoder_jax.data.rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,33 +143,6 @@ def integrity_of(tests, entry_point: str, code: str) -> str:
   )
 
 
-def read_rows(path, columns=()):
-  """Records of a .jsonl, .jsonl.gz, .json (a list of objects) or .parquet file, one by one.
-
-  Args:
-    path: the file.
-    columns: of a parquet file, the ones wanted; () for all.
-  Yields:
-    (name that leads back to the record, dict).
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: a record is no JSON object, the file is damaged or of another kind; names the place.
-  """
-  path = epath.Path(path)
-  if not path.is_file():
-    there = sorted(child.name for child in path.iterdir()) if path.is_dir() else []
-    hint = f"is a folder; give one of its files: {', '.join(there)}" if there else "is not there"
-    raise FileNotFoundError(f"{path} {hint}")
-  kinds = {".jsonl": _lines, ".jsonl.gz": _lines, ".json": _list, ".parquet": _parquet}
-  read = next((read for ending, read in kinds.items() if path.name.endswith(ending)), None)
-  if read is None:
-    raise ValueError(f"{path} must end in one of {', '.join(kinds)}")
-  for name, row in read(path, columns):
-    if not isinstance(row, dict):
-      raise ValueError(f"{name} is a {type(row).__name__}, not a JSON object")
-    yield name, row
-
-
 def _parse(code):
   try:
     return ast.parse(code)
@@ -201,49 +174,3 @@ def _reaches_in(tree, entry_point):
     isinstance(value, ast.Lambda) or isinstance(value, ast.Name) and value.id in functions
     for value in given
   )
-
-
-def _lines(path, _):
-  with path.open("rb") as raw:
-    lines = gzip.open(raw) if path.name.endswith(".gz") else raw
-    number = 0
-    try:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield f"{path}:{number}", _json(line, f"{path}:{number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(f"{path} is damaged after line {number}: {error}") from error
-
-
-def _list(path, _):
-  rows = _json(path.read_bytes(), path)
-  if not isinstance(rows, list):
-    raise ValueError(f"{path} is a {type(rows).__name__}, not a list of objects")
-  for i, row in enumerate(rows):
-    yield f"{path}[{i}]", row
-
-
-def _json(text, name):
-  try:
-    return json.loads(text.decode())
-  # UnicodeDecodeError and JSONDecodeError are ValueErrors.
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{name} is not JSON: {error}") from error
-
-
-def _parquet(path, columns):
-  try:
-    import pyarrow.parquet
-  except ImportError as error:
-    raise ImportError("reading parquet needs pyarrow: pip install -e '.[parquet]'") from error
-  with path.open("rb") as opened:
-    try:
-      table = pyarrow.parquet.ParquetFile(opened)
-    except pyarrow.ArrowInvalid as error:
-      raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    wanted = [name for name in table.schema_arrow.names if not columns or name in columns]
-    number = 0
-    for batch in table.iter_batches(256, columns=wanted):
-      for row in batch.to_pylist():
-        yield f"{path}:{number}", row
-        number += 1

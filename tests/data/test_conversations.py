@@ -12,6 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffucoder_jax.data import chat, conversations, instructions, pipeline
+from diffucoder_jax.data import rows as rows_lib
 
 LEETCODE = pathlib.Path(__file__).parents[3] / "shared/benchmarks/leetcode"
 
@@ -327,7 +328,7 @@ def write_as(kind, tmp_path, rows):
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize("schema, record, messages", SCHEMA_EXAMPLES)
 def test_schemas_and_formats(tmp_path, monkeypatch, kind, schema, record, messages):
-  monkeypatch.setattr(instructions, "_ROWS_AT_ONCE", 1)
+  monkeypatch.setattr(rows_lib, "_ROWS_AT_ONCE", 1)
   path = write_as(kind, tmp_path, [record, record])
   found, broken = instructions.read_conversations(path, schema)
   assert [conversation.messages for conversation in found] == [messages, messages] and not broken

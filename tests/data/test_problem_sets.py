@@ -10,7 +10,8 @@ import pytest
 
 from diffucoder_jax.data import problem_sets
 from diffucoder_jax.data.problem_sets import load_problems
-from diffucoder_jax.data.problems import Problem, read_rows, write_problems
+from diffucoder_jax.data.problems import Problem, write_problems
+from diffucoder_jax.data.rows import read_rows
 
 # Set, file under benchmarks/, problems.
 FILES = [

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diffucoder_jax.data import chat, instructions, problems, toy_problems
+from diffucoder_jax.data import rows as rows_lib
 from diffucoder_jax.data.problems import Problem
 from diffucoder_jax.data.tokenizer import train_sentencepiece
 
@@ -214,8 +215,8 @@ def test_rows_of_every_kind_of_file(tmp_path):
   (tmp_path / "r.json").write_text(json.dumps(rows))
   parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "r.parquet")
   for kind in ("jsonl", "jsonl.gz", "json", "parquet"):
-    assert [row for _, row in problems.read_rows(tmp_path / f"r.{kind}")] == rows, kind
-  (name, row), _ = problems.read_rows(tmp_path / "r.parquet", ("a", "z"))
+    assert [row for _, row in rows_lib.read_rows(tmp_path / f"r.{kind}")] == rows, kind
+  (name, row), _ = rows_lib.read_rows(tmp_path / "r.parquet", ("a", "z"))
   assert row == {"a": 1} and name.endswith("r.parquet:0")
 
 
@@ -232,4 +233,4 @@ def test_rows_of_every_kind_of_file(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=message):
-    list(problems.read_rows(tmp_path / name))
+    list(rows_lib.read_rows(tmp_path / name))
