@@ -12,6 +12,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["diffucoder_jax*", "configs*"]),
+  package_data={"diffucoder_jax.evals": ["viewer.css", "viewer.js"]},  # the report's page
   install_requires=[
     "absl-py",
     "array_record",

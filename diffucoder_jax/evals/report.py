@@ -1,11 +1,12 @@
-"""One static web page about a set of runs: numbers, curves, samples, and a drawing of a denoising.
+"""One static web page about a set of runs: numbers, curves, samples, and a denoising to step through.
 
   python -m diffucoder_jax.evals.report --workdir W --runs ar=W/ar adapt=W/adapt scratch=W/scratch \
-    --samples W/samples/held_out.jsonl --trace W/samples/trace.npz
+    --samples W/samples/held_out.jsonl --trace W/samples/trace.npz --compare_trace W/other.npz
 
-Writes W/report/index.html, which needs nothing else (no scripts, no network), and the drawing once
-more as denoising.svg and denoising.png. Sentences about the outcome are computed from the numbers.
-Input that is missing is named on the page.
+Writes W/report/index.html, which needs nothing else (no network; no scripts but for the viewer of
+viewer.py, which the drawing stands in for on paper), and the drawing once more as denoising.svg and
+denoising.png. Sentences about the outcome are computed from the numbers. Input that is missing is
+named on the page.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from etils import epath
 
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import load_trace
-from diffucoder_jax.evals import charts, style
+from diffucoder_jax.evals import charts, style, viewer
 from diffucoder_jax.evals import samples as samples_lib
 from diffucoder_jax.evals import trace as trace_lib
 from diffucoder_jax.runtime import metrics
@@ -170,7 +171,12 @@ def _table(runs):
     )
   head = "".join(f"<th>{text}</th>" for text in heads)
   body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-  return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+  return _wide("Runs", f"<table><tr>{head}</tr>{body}</table>")
+
+
+def _wide(label, content):
+  """A box that scrolls sideways by itself; with a name and a tab stop, so that keys can do it."""
+  return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def _figure(drawing, caption):
@@ -191,8 +197,9 @@ def _later_stages(found):
 
 
 def write_report(
-  path, title, runs, samples=None, drawing=None, footer=None, notes=(), stages=(), answers=None
-):
+  path, title, runs, samples=None, drawing=None, footer=None, notes=(), stages=(), answers=None,
+  records=(),
+):  # fmt: skip
   """Writes the page.
 
   Args:
@@ -206,6 +213,7 @@ def write_report(
     notes: sentences to show at the top, about input that is missing.
     stages: mapping like `runs`, of later runs, each with held-out text of its own.
     answers: what `samples.answers_of` gives, or None.
+    records: one or two of `viewer.record`, of traces to step through; or none.
   """
   found, missing = load_runs(runs)
   later, missing_later = load_runs(dict(stages))
@@ -246,9 +254,14 @@ def write_report(
       )
     )
     parts.append("</div>")
+  if drawing or records:
+    parts.append(f"<h2>{'Two denoisings' if len(records) == 2 else 'One denoising'}</h2>")
+  if records:
+    parts.append(viewer.fragment(records))
   if drawing:
-    parts.append("<h2>One denoising</h2>")
-    parts.append(f'<div class="wide">{charts.inline(drawing)}</div>')
+    if len(records) == 2:
+      parts.append(f"<h3>{html.escape(records[0]['label'])}, drawn</h3>")
+    parts.append(_wide("Drawing of the denoising", charts.inline(drawing)))
     parts.append(
       '<p class="what">Above: each column is a position, grey until the step that '
       "committed its token. Below: the text, each token on the colour of its step; the prompt is "
@@ -264,12 +277,13 @@ def write_report(
   if answers:
     parts += answers
   made = " · ".join(f"{html.escape(k)} {html.escape(str(v))}" for k, v in (footer or {}).items())
+  css = style.CSS + (viewer.STYLE if records else "")
   page = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f"<title>{html.escape(title)}</title><style>{style.CSS}</style></head><body>\n"
+    f"<title>{html.escape(title)}</title><style>{css}</style></head><body>\n<main>\n"
     + "\n".join(parts)
-    + f"\n<footer><p>{made}</p></footer></body></html>\n"
+    + f"\n</main>\n<footer><p>{made}</p></footer></body></html>\n"
   )
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +312,8 @@ def main(argv=None):
                       help="later runs, each scored on held-out text of its own")  # fmt: skip
   parser.add_argument("--answers", help="jsonl of a tuned model's answers, as generate writes it")
   parser.add_argument("--trace", help=".npz of one sampler call")
-  parser.add_argument("--row", type=int, default=0, help="which row of the trace to draw")
+  parser.add_argument("--compare_trace", help=".npz to show beside --trace in the viewer")
+  parser.add_argument("--row", type=int, default=0, help="which row of the traces to draw")
   parser.add_argument("--tokenizer", help="the trace's tokenizer; the last run's when absent")
   parser.add_argument("--config", default="", help="name of the config, for the footer")
   parser.add_argument("--title", default="Diffusion and autoregressive training compared")
@@ -310,11 +325,12 @@ def main(argv=None):
   folder = epath.Path(args.workdir) / "report"
   folder.mkdir(parents=True, exist_ok=True)
 
-  notes, samples, answers, drawing = [], None, None, None
+  notes, samples, answers, drawing, records = [], None, None, None, []
   if _given(args.samples, "samples", notes):
     samples = samples_lib.read_samples(args.samples)
   if args.answers and _given(args.answers, "answers", notes):
-    answers = samples_lib.answers_of(args.answers, load_tokenizer([*stages.values(), *runs.values()][-1]))
+    tokenizer = load_tokenizer([*stages.values(), *runs.values()][-1])
+    answers = samples_lib.answers_of(args.answers, tokenizer)
   if _given(args.trace, "trace", notes):
     try:
       tokenizer = load_tokenizer(args.tokenizer or list(runs.values())[-1])
@@ -322,6 +338,8 @@ def main(argv=None):
       drawing = trace_lib.svg(trace, args.row, tokenizer)
       (folder / "denoising.svg").write_text(drawing)
       charts.png(*trace_lib.draw(trace, args.row, tokenizer), folder / "denoising.png")
+      records, unread = viewer.read([args.trace, args.compare_trace], args.row, tokenizer)
+      notes += unread
     except (FileNotFoundError, ValueError) as error:
       notes.append(f"No drawing of {args.trace}: {error}.")
   footer = {"config": args.config or "unnamed"}
@@ -331,8 +349,9 @@ def main(argv=None):
       footer[f"seed of {name}"] = json.loads(config.read_text()).get("seed", "unknown")
   footer |= machine() | {"made on": datetime.date.today().isoformat()}
   write_report(
-    folder / "index.html", args.title, runs, samples, drawing, footer, notes, stages, answers
-  )
+    folder / "index.html", args.title, runs, samples, drawing, footer, notes, stages, answers,
+    records,
+  )  # fmt: skip
   print(f"wrote {folder / 'index.html'}")
 
 

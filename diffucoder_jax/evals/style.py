@@ -26,7 +26,8 @@ figcaption{color:var(--faint);font-size:.87rem;max-width:40rem;margin-top:.3rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
 .pair>*{min-width:0}
 @media (max-width:760px){.pair{grid-template-columns:1fr}}
-pre{background:var(--soft);padding:.7rem;margin:0;overflow-x:auto;border-radius:4px;
+pre{background:var(--soft);padding:.7rem;margin:0;border-radius:4px;
+white-space:break-spaces;overflow-wrap:anywhere;
 font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;tab-size:4}
 pre span{color:var(--faint)}
 mark{background:var(--mark);color:inherit}

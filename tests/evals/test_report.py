@@ -125,7 +125,9 @@ def test_answers_that_end_are_counted(tmp_path, runs):
   tokenizer = train_sentencepiece([CODE * 50], tmp_path / "tokenizer.model", 300)
   row = {"prompt": "add <a>", "completion": CODE, "length": 7, "ended": True, "output": CODE * 2}
   path = tmp_path / "answers.jsonl"
-  path.write_text("".join(json.dumps(row | {"ended": i < 3, "length": 7 + i}) + "\n" for i in range(4)))
+  path.write_text(
+    "".join(json.dumps(row | {"ended": i < 3, "length": 7 + i}) + "\n" for i in range(4))
+  )
   pieces = samples.answers_of(path, tokenizer)
   page = page_of(tmp_path, runs, answers=pieces, stages={"sft": runs["adapt"]})
   wanted = len(tokenizer.encode(CODE * 2))
@@ -151,15 +153,19 @@ def test_main_writes_page_and_pictures(tmp_path, runs, capsys):
     nfe=jnp.array([9]), valid=ones_BL > 0,
   )  # fmt: skip
   sampler.save_trace(tmp_path / "trace.npz", trace)
+  sampler.save_trace(tmp_path / "other.npz", trace)
   report.main([
     "--workdir", str(tmp_path), "--runs", *(f"{name}={path}" for name, path in runs.items()),
     "--samples", str(tmp_path / "absent.jsonl"), "--trace", str(tmp_path / "trace.npz"),
+    "--compare_trace", str(tmp_path / "other.npz"),
   ])  # fmt: skip
   folder = tmp_path / "report"
   page = (folder / "index.html").read_text()
   assert f"wrote {folder / 'index.html'}" in capsys.readouterr().out
   assert "absent.jsonl does not exist" in page and 'class="denoising"' in page
   assert "seed of scratch 7" in page and "xmlns" not in page
+  assert "Two denoisings" in page and ">trace.npz</h3>" in page and ">other.npz</h3>" in page
+  assert page.count('<script type="application/json"') == 1
   ET.parse(folder / "denoising.svg")
   assert (folder / "denoising.png").read_bytes().startswith(b"\x89PNG")
 
