@@ -119,23 +119,30 @@ def evaluate(rounds, held_out, config, params, key):
 
   Returns:
     {"eval/pass@1", "eval/pass@1_se", "eval/pass@1_greedy", "eval/pass@1_greedy_se"}; standard errors
-    are over problems.
+    are over problems. And lines for the log: this process's answers.
   """
-  report = {}
+  report, lines = {}, []
   kinds = {"": (rounds.sampler, config.eval.samples)}
   kinds["_greedy"] = (dataclasses.replace(rounds.sampler, temperature=0.0), 1)
   whole = [dataclasses.replace(p, tests=(*p.tests, *p.plus_tests)) for p in held_out.problems]
   for name, (sampler_config, samples) in kinds.items():
     rows = np.repeat(np.arange(len(whole)), samples)
-    passed = rounds.solved(
+    passed, texts = rounds.solved(
       [whole[i] for i in rows], [held_out.ids[i] for i in rows], params, key, sampler_config
     )
+    for i, text in texts.items():
+      line = {
+        "task_id": whole[rows[i]].task_id, "sample": int(i % samples),
+        "temperature": sampler_config.temperature, "prompt": whole[rows[i]].prompt,
+        "completion": text, "passed": None if np.isnan(passed[i]) else bool(passed[i]),
+      }  # fmt: skip
+      lines.append(json.dumps(line) + "\n")
     passed_PS = passed.reshape(len(whole), samples)
     rate_P = np.nanmean(passed_PS, axis=1)  # a problem that was never judged is left out
     rate_P = rate_P[np.isfinite(rate_P)]
     report[f"eval/pass@1{name}"] = float(rate_P.mean())
     report[f"eval/pass@1{name}_se"] = float(rate_P.std(ddof=1) / np.sqrt(len(rate_P)))
-  return report
+  return report, lines
 
 
 def main(config, workdir):
@@ -197,7 +204,8 @@ def main(config, workdir):
 
   def evaluate_now(step):
     began = time.monotonic()
-    row = evaluate(rounds, held_out, config, state.params, eval_key)
+    row, lines = evaluate(rounds, held_out, config, state.params, eval_key)
+    write_lines(rounds.path(workdir / "answers", step), lines)
     writer.write(step, {**row, "eval/seconds": time.monotonic() - began})
     return row
 
@@ -210,7 +218,7 @@ def main(config, workdir):
       if iteration == 0:
         batch, row, lines = rounds.collect(round_, state.params, state.ref)
         state = state.replace(batch=batch)
-        write_rollouts(rounds.path(workdir, round_), lines)
+        write_lines(rounds.path(workdir / "rollouts", round_), lines)
       key = rounds.keys(round_)[1][iteration]
       state, on_device = update_fn(state, jnp.int32(iteration), key)
       if rounds.objective.beta and step % rounds.grpo.ref_every == 0:
@@ -272,8 +280,8 @@ def initial_state(config, mesh, rounds, tx, key):
   return abstract, make
 
 
-def write_rollouts(path, lines):
-  """Writes a round's lines whole; a round that is sampled again after a kill writes the same."""
+def write_lines(path, lines):
+  """Writes a log whole; a round that is sampled again after a kill writes the same."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.parent / f"{path.name}.part"
   part.write_text("".join(lines))

@@ -22,7 +22,7 @@ from etils import epath
 
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import load_trace
-from diffucoder_jax.evals import charts, style, viewer
+from diffucoder_jax.evals import charts, reinforced, style, viewer
 from diffucoder_jax.evals import samples as samples_lib
 from diffucoder_jax.evals import trace as trace_lib
 from diffucoder_jax.runtime import metrics
@@ -198,7 +198,7 @@ def _later_stages(found):
 
 def write_report(
   path, title, runs, samples=None, drawing=None, footer=None, notes=(), stages=(), answers=None,
-  records=(),
+  records=(), gains=(),
 ):  # fmt: skip
   """Writes the page.
 
@@ -214,6 +214,7 @@ def write_report(
     stages: mapping like `runs`, of later runs, each with held-out text of its own.
     answers: what `samples.answers_of` gives, or None.
     records: one or two of `viewer.record`, of traces to step through; or none.
+    gains: what `reinforced.improvement_of` gives, or none.
   """
   found, missing = load_runs(runs)
   later, missing_later = load_runs(dict(stages))
@@ -274,8 +275,7 @@ def write_report(
     )
     parts += [samples_lib.beside(i, row) for i, row in enumerate(samples, 1)]
   parts += _later_stages(later)
-  if answers:
-    parts += answers
+  parts += [*(answers or ()), *gains]
   made = " · ".join(f"{html.escape(k)} {html.escape(str(v))}" for k, v in (footer or {}).items())
   css = style.CSS + (viewer.STYLE if records else "")
   page = (
@@ -311,6 +311,7 @@ def main(argv=None):
   parser.add_argument("--stages", nargs="+", default=[], metavar="NAME=DIR",
                       help="later runs, each scored on held-out text of its own")  # fmt: skip
   parser.add_argument("--answers", help="jsonl of a tuned model's answers, as generate writes it")
+  parser.add_argument("--reinforced", help="workdir of train_grpo")
   parser.add_argument("--trace", help=".npz of one sampler call")
   parser.add_argument("--compare_trace", help=".npz to show beside --trace in the viewer")
   parser.add_argument("--row", type=int, default=0, help="which row of the traces to draw")
@@ -325,12 +326,14 @@ def main(argv=None):
   folder = epath.Path(args.workdir) / "report"
   folder.mkdir(parents=True, exist_ok=True)
 
-  notes, samples, answers, drawing, records = [], None, None, None, []
+  notes, samples, answers, drawing, records, gains = [], None, None, None, [], []
   if _given(args.samples, "samples", notes):
     samples = samples_lib.read_samples(args.samples)
   if args.answers and _given(args.answers, "answers", notes):
     tokenizer = load_tokenizer([*stages.values(), *runs.values()][-1])
     answers = samples_lib.answers_of(args.answers, tokenizer)
+  if args.reinforced and _given(args.reinforced, "reinforced", notes):
+    gains = reinforced.improvement_of(args.reinforced)
   if _given(args.trace, "trace", notes):
     try:
       tokenizer = load_tokenizer(args.tokenizer or list(runs.values())[-1])
@@ -350,7 +353,7 @@ def main(argv=None):
   footer |= machine() | {"made on": datetime.date.today().isoformat()}
   write_report(
     folder / "index.html", args.title, runs, samples, drawing, footer, notes, stages, answers,
-    records,
+    records, gains,
   )  # fmt: skip
   print(f"wrote {folder / 'index.html'}")
 

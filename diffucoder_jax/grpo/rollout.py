@@ -35,7 +35,7 @@ class Batch:
     used: bool [B], False where there is no reward, or the group was dropped.
     rows, groups: int32 [B], what the row's masks are drawn from: its number and its prompt's.
     old: float32 [B, I, L], scores under the policy that sampled, with each iteration's masks.
-    ref: the same under the reference; [B, 0, L] without one.
+    ref: the same under the reference; [B, 1, L] zeros without one.
   """
 
   tokens: jax.Array
@@ -112,7 +112,7 @@ def _sample(model, config, mask_id, eos_id, params, canvas_BL, valid_BL, key, ro
   )  # fmt: skip
 
 
-def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh):
+def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max_prompt):
   """Answers this process's prompts on the training mesh.
 
   Args:
@@ -120,13 +120,13 @@ def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh):
     row_ids: int32, their global numbers; row r draws from fold_in(key, r).
     key: PRNG key of the round. config: `SamplerConfig`. mask_id, eos_id: ids; `eos_id` is read by
       `stop_at_eos`.
-    mesh: the mesh.
+    mesh: the mesh. max_prompt: no prompt has more tokens.
   Returns:
     `sampler.Trace` of this process's rows on the host, [rows, L]; L is the longest prompt of the
-    round, rounded up, plus max_new_tokens.
+    round, rounded up but not above `max_prompt`, plus max_new_tokens.
   """
   longest = int(sharding.largest_everywhere(max(map(len, rows))))
-  length = longest + -longest % LENGTH_STEP + config.max_new_tokens
+  length = min(longest + -longest % LENGTH_STEP, max_prompt) + config.max_new_tokens
   canvas_BL, valid_BL = lay_out(rows, length, config.max_new_tokens, mask_id)
   placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)
   trace = _sample(model, config, mask_id, eos_id, params, placed[0], placed[1], key, placed[2])
@@ -167,5 +167,5 @@ def empty_batch(rows, iterations, length, with_ref, shard):
     scored=spec(bool, length), advantages=spec(jnp.float32), used=spec(bool),
     rows=spec(jnp.int32), groups=spec(jnp.int32),
     old=spec(jnp.float32, iterations, length),
-    ref=spec(jnp.float32, iterations if with_ref else 0, length),
+    ref=spec(jnp.float32, iterations if with_ref else 1, length),
   )  # fmt: skip

@@ -108,7 +108,7 @@ class Rounds:
     self.judge = concurrent.futures.ThreadPoolExecutor(1)
 
   def _stack(self, scores):
-    return jnp.stack(scores, axis=1) if scores else jnp.zeros((self.rows, 0, self.length))
+    return jnp.stack(scores, axis=1) if scores else jnp.zeros((self.rows, 1, self.length))
 
   def _measure(self, params, batch, key):
     one = lambda key, estimator: score(  # noqa: E731
@@ -130,6 +130,7 @@ class Rounds:
     trace = rollout.sample(
       self.model, params, [self.prompts.ids[i] for i in chosen], np.arange(self.rows)[self.block],
       self.keys(round_)[0], self.sampler, self.ckpt.mask_id, self.end_id, self.mesh,
+      self.config.rollout.max_prompt_tokens,
     )  # fmt: skip
     return [self.prompts.problems[i] for i in chosen], trace
 
@@ -143,24 +144,27 @@ class Rounds:
     return [tokenizer.decode(rollout.answer_ids(row, ends)) for row in rows]
 
   def solved(self, problems, ids, params, key, config):
-    """Whether each problem's answer passes all tests: float [problems], NaN where nobody knows.
+    """Answers each problem once, and says which answers pass all tests.
 
     Args:
       problems: list of `Problem`. ids: their prompts' tokens. params: the policy. key: PRNG key;
         answer i draws from fold_in(key, i). config: `SamplerConfig`.
+    Returns:
+      float [problems], 1 or 0, NaN where nobody knows; and {i: text} of this process's answers.
     """
-    found = []
+    found, texts = [], {}
     for begin in range(0, len(ids), self.rows):
       # The last one is filled up, so that it needs no program of its own.
       chosen = np.minimum(np.arange(begin, begin + self.rows), len(ids) - 1)[self.block]
       trace = rollout.sample(
         self.model, params, [ids[i] for i in chosen], chosen, key, config, self.ckpt.mask_id,
-        self.end_id, self.mesh,
+        self.end_id, self.mesh, self.config.rollout.max_prompt_tokens,
       )  # fmt: skip
-      texts = self.texts(trace)
-      scored = rewards.score([problems[i] for i in chosen], texts, self.sandbox, SOLVED)
+      written = self.texts(trace)
+      scored = rewards.score([problems[i] for i in chosen], written, self.sandbox, SOLVED)
       found.append(sharding.all_rows(np.asarray([one.reward for one in scored]), self.mesh))
-    return np.concatenate(found)[: len(ids)]
+      texts.update(zip(chosen.tolist(), written, strict=True))
+    return np.concatenate(found)[: len(ids)], texts
 
   def collect(self, round_, params, ref):
     """A round: sampled, judged, scored.
@@ -271,8 +275,8 @@ class Rounds:
       lines.append(json.dumps(line) + "\n")
     return lines
 
-  def path(self, workdir, round_):
-    """Where this process logs a round."""
+  def path(self, folder, number):
+    """Where this process logs its rows of round or step `number`."""
     index, count = sharding.batch_shard(self.mesh)
     part = "" if count == 1 else f".{index}-of-{count}"
-    return workdir / "rollouts" / f"{round_:06d}{part}.jsonl"
+    return folder / f"{number:06d}{part}.jsonl"

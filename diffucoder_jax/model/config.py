@@ -88,7 +88,7 @@ PRESETS = {
   ),
   "small": dict(
     vocab_size=4096, embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344,
-    rope_theta=1e4, remat="none", tied_head=True,
+    rope_theta=1e4, remat="none", tied_head=True, init_std=0.088,
   ),
   "smollm2_135m": dict(
     vocab_size=49152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
