@@ -4,6 +4,8 @@ import collections
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from diffucoder_jax.data import corpus, pipeline
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.runtime import checkpoint
 from tests import tiny
+from tests.execution import graded
 
 pytestmark = pytest.mark.slow
 
@@ -33,16 +36,20 @@ def start_both(arguments, logs, devices=4, **more):
 
   `more` is put into their environment.
   """
-  port = tiny.free_port()
   started = []
-  for i in range(2):
-    cluster = {
-      "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{port}",
-      "DIFFUCODER_PROCESSES": "2", "DIFFUCODER_PROCESS": str(i),
-    }  # fmt: skip
+  for i, cluster in enumerate(clusters()):
     own = arguments[i % len(arguments)]
     started.append((tiny.start("train", own, logs[i], devices=devices, **cluster, **more), logs[i]))
   return started
+
+
+def clusters():
+  """The environment that makes each of two processes one of a pair."""
+  common = {
+    "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{tiny.free_port()}",
+    "DIFFUCODER_PROCESSES": "2",
+  }  # fmt: skip
+  return [{**common, "DIFFUCODER_PROCESS": str(i)} for i in range(2)]
 
 
 def wait_for_both(started, seconds=400):
@@ -223,3 +230,55 @@ def test_every_row_comes_once_after_a_kill_and_with_twice_the_processes(home, tm
     assert last[f"data/{name}_tokens"] == len(seen[name]) * c.data.seq_len
     assert last[f"data/{name}_epochs"] == len(seen[name]) / len(rows)
   assert sum(map(len, seen.values())) == c.optim.steps * c.data.global_batch
+
+
+# --- Coupled-GRPO: each process judges its own answers, the first one reports about all.
+
+
+def test_what_two_processes_report_of_a_round_is_about_both(tmp_path, tmp_path_factory):
+  start = tiny.finished(tmp_path_factory.getbasetemp())
+  graded.write(tmp_path)
+  settings = graded.settings(start, tmp_path, **{"optim.steps": 2, "checkpoint.every": 2})
+
+  def begin(workdir, log, **environment):
+    command = [
+      sys.executable, "-m", "tests.execution.graded", "--config=configs/quickstart_grpo.py",
+      f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+    with open(log, "wb") as out:
+      return subprocess.Popen(
+        command, cwd=tiny.ROOT, env=tiny.environment(**environment, **QUICK), stdout=out,
+        stderr=subprocess.STDOUT,
+      )  # fmt: skip
+
+  logs = [tmp_path / f"{name}.log" for name in ("one", "0", "1")]
+  one, two = tmp_path / "one", tmp_path / "two"
+  ended = wait_for_both([(begin(one, logs[0]), logs[0])])
+  ended += wait_for_both([
+    (begin(two, log, devices=1, **cluster), log)
+    for log, cluster in zip(logs[1:], clusters(), strict=True)
+  ])  # fmt: skip
+  assert [code for code, _ in ended] == [0, 0, 0], "\n".join(text[-4000:] for _, text in ended)
+
+  def rollouts(workdir):
+    files = sorted((workdir / "rollouts").iterdir())
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+  assert len(list((two / "rollouts").iterdir())) == 2  # each wrote its half
+  theirs = rollouts(two)
+  for ours, line in zip(rollouts(one), theirs, strict=True):
+    for name in ("row", "completion", "tests", "reward", "key"):
+      assert ours[name] == line[name]
+  halves = [{line["reward"] for line in theirs[i : i + 4]} for i in (0, 4)]
+  assert halves[0] != halves[1], "both would report the same of their own"
+
+  clock = lambda name: name == "time" or "second" in name  # noqa: E731
+  found, wanted = tiny.rows(two), tiny.rows(one)
+  assert [row.keys() for row in found] == [row.keys() for row in wanted]
+  for row, other in zip(found, wanted, strict=True):
+    for name in row:
+      if not clock(name):
+        assert row[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name
+  first = next(row for row in found if "reward" in row)
+  assert first["judged/answers"] == 8
+  assert first["reward/code"] == np.mean([line["parts"]["code"] for line in theirs[:8]])

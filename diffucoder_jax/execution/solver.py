@@ -33,7 +33,9 @@ def describe(error):
   except BaseException:
     text = ""
   number = getattr(error, "errno", None)
-  return [type(error).__name__, text, number if type(number) is int else None]
+  # An answer's class may have any object there, also a number with too many digits for JSON.
+  known = type(number) is int and abs(number) < 1 << 31
+  return [type(error).__name__, text, number if known else None]
 
 
 def answer_call(entry, call, classes):

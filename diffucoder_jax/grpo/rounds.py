@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.execution.worker import STATUSES
 from diffucoder_jax.grpo import diagnostics, logps, masks, objective, rewards, rollout
 from diffucoder_jax.model.transformer import Transformer, positions_of
 from diffucoder_jax.runtime import optim, sharding
@@ -202,13 +203,15 @@ class Rounds:
     row = {
       **diagnostics.reward_summary(rewards_PG, valid_PG),
       **self.about(trace, arrays, found),
-      "rollout_tokens_per_second": len(texts) * self.sampler.max_new_tokens / (sampled - began),
-      "rollouts_per_second": len(texts) / (sampled - began),
-      "judged_per_second": len(texts) / max(waited - sampled, 1e-9),
+      "rollout_tokens_per_second": self.rows * self.sampler.max_new_tokens / (sampled - began),
+      "rollouts_per_second": self.rows / (sampled - began),
+      "judged_per_second": self.rows / max(waited - sampled, 1e-9),
       "seconds/rollout": sampled - began,
       "seconds/scoring": scored - sampled,
       "seconds/waiting_for_judge": waited - scored,
     }
+    if not valid_PG.any():  # a reward of 0 would be a claim
+      del row["reward"], row["reward_std"]
     if self.grpo.variance_every and round_ % self.grpo.variance_every == 0:
       row |= self.variance(round_, params, placed)
     return batch, row, self.lines(round_, problems, texts, trace, found, local["advantages"])
@@ -231,18 +234,28 @@ class Rounds:
     return np.where(valid_B, reward_B, 0.0).reshape(shape), valid_B.reshape(shape)
 
   def about(self, trace, arrays, found):
-    """Metrics of this process's answers and verdicts."""
+    """Metrics of the answers and verdicts of all hosts."""
+    whole = lambda x: sharding.all_rows(np.asarray(x), self.mesh)  # noqa: E731
     grow = ((0, 0), (self.length - trace.entropy.shape[1], 0))
     summary = diagnostics.answer_summary(
-      arrays["scored"], arrays["completion"], np.pad(trace.entropy, grow)
+      whole(arrays["scored"]), whole(arrays["completion"]), whole(np.pad(trace.entropy, grow))
     )
-    judged = [one for one in found if one.valid]
-    parts = {
-      f"reward/{name}": float(np.mean([one.parts[name] for one in judged]))
-      for name in (self.reward.weights if judged else ())
+    valid_B = whole([one.valid for one in found])
+    parts = {}
+    for name in self.reward.weights:
+      part_B = whole([one.parts[name] for one in found])[valid_B]
+      parts |= {f"reward/{name}": float(part_B.mean())} if len(part_B) else {}
+    counts = rewards.counts(found)
+    names = [*rewards.counts([]), *(f"judged_{status}" for status in STATUSES)]
+    # Each host counts what it ran: a row for each.
+    sums = whole([[counts.get(name, 0) for name in names]]).sum(axis=0).tolist()
+    counted = {
+      f"judged/{name}": count
+      for name, count in zip(names, sums, strict=True)
+      if count or not name.startswith("judged_")
     }
-    counted = {f"judged/{name}": value for name, value in rewards.counts(found).items()}
-    return {**jax.device_get(summary), "nfe": float(np.mean(trace.nfe)), **parts, **counted}
+    nfe = float(np.mean(whole(trace.nfe)))
+    return {**jax.device_get(summary), "nfe": nfe, **parts, **counted}
 
   def substituted(self, batch, index_P):
     """Other groups' rows, with their masks, in the place of those that teach nothing."""

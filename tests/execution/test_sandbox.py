@@ -108,6 +108,46 @@ def test_messages_name_the_failure(quick):
   assert {outcome.status for outcome in quick.run(jobs[1:])} == {"error"}
 
 
+FORGED = """
+from diffucoder_jax.execution import wire
+def f(x):
+  send = wire.send
+  wire.send = lambda fd, message: send(fd, message | {'value': None, 'error': CLAIM})
+"""
+FORGED_LOAD = """
+from diffucoder_jax.execution import wire
+send = wire.send
+wire.send = lambda fd, message: send(fd, {'load': CLAIM})
+"""
+RAISED = """
+class Odd(Exception): errno = NUMBER
+def f(x): raise Odd('odd')
+"""
+
+
+def test_what_an_answer_says_of_its_exception_is_bounded(quick):
+  """Else it chose its own status: cut off as if the judge had failed, it would be masked."""
+  claims = (
+    ["OSError", "x", 12.0], ["OSError", "x", [12]], ["OSError", "x", {}], ["OSError"], "OSError", 7,
+    ["KeyError", "x" * 10**5, None], ["x" * 10**5, "x", None], ["x" * 10**5, "y" * 10**5],
+  )  # fmt: skip
+  jobs = [
+    Job(code.replace("CLAIM", repr(claim)), "f", ("f(1)",))
+    for code in (FORGED, FORGED_LOAD)
+    for claim in claims
+  ]
+  numbers = ("object()", "[12]", "12.0", "True", "10 ** 5000", "-(10 ** 5000)", "1 << 64")
+  jobs += [Job(RAISED.replace("NUMBER", number), "f", ("f(1)",)) for number in numbers]
+  jobs += [
+    Job(f"class E(Exception): errno = {number}\nraise E", "f", ("f(1)",)) for number in numbers
+  ]
+  for job, outcome in zip(jobs, quick.run(jobs), strict=True):
+    assert outcome.status == "error" and len(outcome.message) < 500, (job.code[-99:], outcome)
+  # What is a number of the right kind counts.
+  real = Job(RAISED.replace("NUMBER", "12"), "f", ("f(1)",))
+  assert [outcome.status for outcome in quick.run([real])] == ["oom"]
+
+
 def test_calls_are_like_calls(quick):
   """Keywords, changes in place, identity, exceptions, entry expressions, records of the dataset."""
   prelude = "import math\nclass Node:\n  def __init__(self, v, n=None): self.v, self.n = v, n\n"

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import decimal
 import fractions
+import functools
 import json
 import math
 import os
@@ -30,6 +31,10 @@ class Node:
   next: object = None
 
   def is_right(self):
+    return False
+
+  @functools.cached_property
+  def cached(self):
     return False
 
 
@@ -113,7 +118,9 @@ def test_other_objects_equal_nothing_and_are_not_true():
     [["s", [1]], ["l"]], [["d", 1]], [["i", "x"]], [["b", "x"]], [["F", "0x1", "0x0"]], [["x", "x"]],
     [["T", "date", "x"]], [["T", "type", "x"]], [["q", "x"]], [["o", "Node", ["a"]]], [["r", 1.5, 2, 3]],
     [["n", "bool"]], [["o", "Node", ["is_right"], True]], [["o", "Node", [1], True]],
-    [["t"], *(["t", [i]] for i in range(500))], [["l", [True]]], [["l", [0, 0]]],
+    [["o", "Node", ["cached"], True]], [["o", "Node", ["__dict__"], [1]], ["d", "is_right", True]],
+    [["o", "Node", ["__doc__"], "x"]], [["t"], *(["t", [i]] for i in range(500))], [["l", [True]]],
+    [["l", [0, 0]]],
   ],
   ids=lambda x: json.dumps(x)[:40],
 )  # fmt: skip
