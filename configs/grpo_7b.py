@@ -62,6 +62,7 @@ def base():
     t_low=0.2,
     t_high=0.8,
     t_per="batch",  # as released: one t for all rows of all devices
+    masks_per="row",
     weight="1/t",
     full_mask_term=True,
     normalise="pairs",

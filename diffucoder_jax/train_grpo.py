@@ -26,6 +26,7 @@ from ml_collections import config_dict, config_flags
 
 from diffucoder_jax import pretrained
 from diffucoder_jax.data import problem_sets
+from diffucoder_jax.evals import arness
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.grpo import diagnostics, logps, masks, objective, rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
@@ -170,7 +171,7 @@ def main(config, workdir):
   prompts, held_out = open_prompts(config, ckpt.tokenizer)
   sandbox = Sandbox(limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe)
   logging.info("sandbox: level %s", sandbox.level)
-  rounds = Rounds(config, ckpt, mesh, prompts, sandbox, round_key)
+  rounds = Rounds(config, ckpt, mesh, prompts, sandbox, round_key, arness.mean_arness)
   tx, learning_rate = optim.make_optimizer(config.optim)
 
   # State, by precedence: 1. this workdir's checkpoint  2. config.init_from.

@@ -55,25 +55,47 @@ def _nucleus_edge(probs_BLV, top_p):
   return jax.lax.bitcast_convert_type(edge_BL, jnp.float32)
 
 
-def draw_tokens(logits_BLV, filtered_BLV, mask_id, gumbel_BLV=None):
+def _inverse_cdf(probs_BLV, uniform_BL, width=128):
+  """The token whose share of the cumulative probability `uniform_BL` falls into, int32 [B, L].
+
+  One random number for each position instead of one for each token: on CPU the latter cost as much
+  as the network. In two levels, blocks and then tokens, which keeps the sums short and exact, and
+  lets a vocabulary that is sharded exchange one block instead of everything.
+  """
+  pad = -probs_BLV.shape[-1] % width
+  padded_BLV = jnp.pad(probs_BLV, ((0, 0), (0, 0), (0, pad))) if pad else probs_BLV
+  blocks_BLNW = padded_BLV.reshape(*probs_BLV.shape[:-1], -1, width)
+  upto_BLN = jnp.cumsum(jnp.sum(blocks_BLNW, axis=-1), axis=-1)
+  target_BL1 = uniform_BL[..., None] * upto_BLN[..., -1:]
+  # The first block that reaches beyond the target; rounding may leave none.
+  last = upto_BLN.shape[-1] - 1
+  block_BL1 = jnp.minimum(jnp.sum(upto_BLN <= target_BL1, axis=-1, keepdims=True), last)
+  before_BL1 = jnp.take_along_axis(upto_BLN, jnp.maximum(block_BL1 - 1, 0), axis=-1)
+  rest_BL1 = target_BL1 - jnp.where(block_BL1 > 0, before_BL1, 0.0)
+  chosen_BLW = jnp.take_along_axis(blocks_BLNW, block_BL1[..., None], axis=-2)[..., 0, :]
+  inside_BL = jnp.sum(jnp.cumsum(chosen_BLW, axis=-1) <= rest_BL1, axis=-1)
+  possible_BL = width - 1 - jnp.argmax(chosen_BLW[..., ::-1] > 0, axis=-1)  # its last one
+  return block_BL1[..., 0] * width + jnp.minimum(inside_BL, possible_BL)
+
+
+def draw_tokens(logits_BLV, filtered_BLV, mask_id, uniform_BL=None):
   """The reference's token at each position, and the one to write, which is never `mask_id`.
 
   Args:
     logits_BLV: float32, as the network gave them.
     filtered_BLV: `filter_logits` of them.
     mask_id: int.
-    gumbel_BLV: Gumbel noise for a draw; None: the most likely token (first on ties).
+    uniform_BL: uniform numbers in [0, 1) for a draw; None: the most likely token (first on ties).
   Returns:
     (drawn_BL, tokens_BL, probs_BLV): `drawn` is what confidence is measured on. Where it is MASK
     the reference writes it, so that the position silently stays masked, perhaps to the end; here
     the best other token is written. Order and confidence stay the reference's.
   """
   probs_BLV = jax.nn.softmax(filtered_BLV, axis=-1)
-  if gumbel_BLV is None:
+  if uniform_BL is None:
     drawn_BL = jnp.argmax(probs_BLV, axis=-1)
   else:
-    kept_BLV = jnp.where(filtered_BLV > REMOVED, filtered_BLV + gumbel_BLV, -jnp.inf)
-    drawn_BL = jnp.argmax(kept_BLV, axis=-1)
+    drawn_BL = _inverse_cdf(probs_BLV, uniform_BL)
   is_mask_11V = (jnp.arange(logits_BLV.shape[-1]) == mask_id)[None, None, :]
   other_BL = jnp.argmax(jnp.where(is_mask_11V, -jnp.inf, logits_BLV), axis=-1)
   tokens_BL = jnp.where(drawn_BL == mask_id, other_BL, drawn_BL)

@@ -114,8 +114,12 @@ def _noise(row_keys_B, step, logical_BL):
   return jax.vmap(row)(row_keys_B, logical_BL)
 
 
-def _gumbel(keys_BL, purpose, shape=()):
-  draw = lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), shape)  # noqa: E731
+TOKEN, POSITION = 0, 1  # what a number is drawn for
+
+
+def _draw(distribution, keys_BL, purpose):
+  """One random number for each position, float32 [B, L]."""
+  draw = lambda key: distribution(jax.random.fold_in(key, purpose))  # noqa: E731
   return jax.vmap(jax.vmap(draw))(keys_BL)
 
 
@@ -177,20 +181,21 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
     keys_BS = _noise(keys, step, logical_BS) if draws else None
     with jax.named_scope("choose_tokens"):
       filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
-      gumbel_BSV = _gumbel(keys_BS, 0, logits_BSV.shape[-1:]) if c.temperature > 0 else None
+      uniform_BS = _draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
       drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
-        logits_BSV, filtered_BSV, mask_id, gumbel_BSV
+        logits_BSV, filtered_BSV, mask_id, uniform_BS
       )
       confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, index_BS)
       entropy_BS = -remasking.negative_entropy(probs_BSV)
     with jax.named_scope("choose_positions"):
       if c.alg == "origin":  # each position on its own, so the number committed varies
-        u_BS = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1))))(keys_BS)
+        u_BS = _draw(jax.random.uniform, keys_BS, POSITION)
         chance = jnp.where(step == steps - 1, 1.0, ratios_T[step])
         chosen_BS = masked_BS & (u_BS < chance)
       elif c.alg_temp > 0:
         scores_BS = confidence_BS / c.alg_temp
-        chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, _gumbel(keys_BS, 1))
+        gumbel_BS = _draw(jax.random.gumbel, keys_BS, POSITION)
+        chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, gumbel_BS)
       else:
         chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)
     return trace.replace(

@@ -34,6 +34,10 @@ class Estimator:
       unbiased for that range.
     t_per: key of `T_PER`. "batch" is the recipe: one t for all rows of all devices. Rows then share
       the luck of one draw; "prompt" and "row" are independent draws.
+    masks_per: "row" is the recipe: every completion has masks of its own. "prompt" gives all
+      completions of a prompt the same masks (ours): what they have in common is then scored in the
+      same contexts, and since their advantages add up to zero its gradient cancels. With "row" it
+      only does so on average, and what is left of it is noise. Wants `t_per` "prompt" or "batch".
     weight: key of `WEIGHTS`. "1/t" is the NELBO's.
     full_mask_term: adds the pass that masks the whole completion, to `coupled` and `decoupled`.
     normalise: key of `NORMALISERS`. "pairs" is the paper's Eq. 4, 1 / (lambda + 1): its expectation
@@ -50,6 +54,7 @@ class Estimator:
   t_low: float = 0.2
   t_high: float = 0.8
   t_per: str = "batch"
+  masks_per: str = "row"
   weight: str = "1/t"
   full_mask_term: bool = True
   normalise: str = "pairs"
@@ -67,6 +72,14 @@ class Estimator:
       if getattr(self, field) not in table:
         got = getattr(self, field)
         raise ValueError(f"estimator.{field} is {got!r}; choose one of {sorted(table)}")
+    if self.masks_per not in ("row", "prompt"):
+      raise ValueError(
+        f"estimator.masks_per is {self.masks_per!r}; choose one of ['prompt', 'row']"
+      )
+    if self.masks_per == "prompt" and self.t_per == "row":
+      raise ValueError(
+        'estimator.masks_per "prompt" shares masks: set t_per to "prompt" or "batch"'
+      )
     for field in ("pairs", "nodes"):
       if getattr(self, field) < 1:
         raise ValueError(f"estimator.{field} is {getattr(self, field)}; it must be at least 1")
@@ -130,7 +143,7 @@ def draw_masks(
     row_ids_B: int32, global row numbers.
     completion_BL: bool, the completion: its tokens, end token and whatever follows it.
     estimator: `Estimator`.
-    group_ids_B: int32, global prompt numbers; only for `t_per="prompt"`.
+    group_ids_B: int32, global prompt numbers; only for `t_per` or `masks_per` "prompt".
     scored_BL: bool, the tokens that need a score (`objective.completion_mask`); None: all of the
       completion.
     prompt_BL: bool, the prompt without padding; only for `prompt_mask` > 0.
@@ -144,11 +157,12 @@ def draw_masks(
   e = estimator
   completion_BL = jnp.asarray(completion_BL, bool)
   scored_BL = completion_BL if scored_BL is None else completion_BL & jnp.asarray(scored_BL, bool)
-  if e.t_per == "prompt" and group_ids_B is None:
-    raise ValueError('estimator.t_per is "prompt": draw_masks needs group_ids_B')
+  if "prompt" in (e.t_per, e.masks_per) and group_ids_B is None:
+    raise ValueError('estimator.t_per or masks_per is "prompt": draw_masks needs group_ids_B')
   if e.prompt_mask and prompt_BL is None:
     raise ValueError(f"estimator.prompt_mask is {e.prompt_mask}: draw_masks needs prompt_BL")
-  source = _Source(e, key, jnp.asarray(row_ids_B), group_ids_B, completion_BL)
+  ids_B = group_ids_B if e.masks_per == "prompt" else row_ids_B
+  source = _Source(e, key, jnp.asarray(ids_B), group_ids_B, completion_BL)
   maskable_BL, always_BL = AFTER_END[e.after_end](completion_BL, scored_BL)
   masked_PBL, weights_PBL, loss_weights_BL = ESTIMATORS[e.name](
     source, maskable_BL, max_tokens or completion_BL.shape[1]
@@ -165,7 +179,10 @@ def draw_masks(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """The random numbers of one call; draw i does not depend on how many there are."""
+  """The random numbers of one call; draw i does not depend on how many there are.
+
+  `rows_B` are the ids that masks are drawn from: those of the rows, or of their prompts.
+  """
 
   estimator: Estimator
   key: jax.Array

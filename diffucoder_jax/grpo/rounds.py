@@ -74,8 +74,13 @@ def score(model, estimator, mask_id, new, params, batch, key):
 class Rounds:
   """Samples, judges and scores rounds. One for a run: it holds what all rounds share."""
 
-  def __init__(self, config, ckpt, mesh, prompts, sandbox, key):
+  def __init__(self, config, ckpt, mesh, prompts, sandbox, key, order=None):
+    """Args as `train_grpo.main` makes them.
+
+    order: (step_BL, scored_BL) -> dict of floats, metrics of the order in which tokens were written.
+    """
     c = self.config = config
+    self.order = order or (lambda step_BL, scored_BL: {})
     self.ckpt, self.mesh, self.prompts, self.sandbox, self.key = ckpt, mesh, prompts, sandbox, key
     self.grpo, self.estimator = Grpo(**c.grpo), masks.Estimator(**c.estimator)
     self.objective = objective.Objective(**c.objective)
@@ -237,9 +242,11 @@ class Rounds:
     """Metrics of the answers and verdicts of all hosts."""
     whole = lambda x: sharding.all_rows(np.asarray(x), self.mesh)  # noqa: E731
     grow = ((0, 0), (self.length - trace.entropy.shape[1], 0))
+    scored_BL = whole(arrays["scored"])
     summary = diagnostics.answer_summary(
-      whole(arrays["scored"]), whole(arrays["completion"]), whole(np.pad(trace.entropy, grow))
+      scored_BL, whole(arrays["completion"]), whole(np.pad(trace.entropy, grow))
     )
+    summary |= self.order(whole(np.pad(trace.step, grow)), scored_BL)
     valid_B = whole([one.valid for one in found])
     parts = {}
     for name in self.reward.weights:

@@ -74,3 +74,27 @@ def test_the_surest_masked_positions_are_chosen_and_the_first_on_ties(count, cho
   masked = jnp.asarray([[True, True, True, True, False]])
   got = remasking.choose_positions(confidence, masked, jnp.asarray([count]))
   assert np.flatnonzero(got[0]).tolist() == chosen
+
+
+@pytest.mark.parametrize("vocabulary", [7, 300])  # one block of the sum and several
+def test_tokens_are_drawn_with_their_probabilities_and_impossible_ones_never(vocabulary):
+  rng = np.random.default_rng(0)
+  logits_V = rng.normal(size=vocabulary).astype(np.float32) * 2
+  logits_V[::3] = remasking.REMOVED
+  draws = 20_000
+  logits_1LV = jnp.broadcast_to(jnp.asarray(logits_V), (1, draws, vocabulary))
+  u_1L = jnp.asarray((np.arange(draws) + rng.random(draws)) / draws, jnp.float32)[None]
+  drawn_1L, _, probs_1LV = remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)
+  share_V = np.bincount(np.asarray(drawn_1L[0]), minlength=vocabulary) / draws
+  # One number in each of equal parts of [0, 1): no share is off by more than two parts.
+  np.testing.assert_allclose(share_V, probs_1LV[0, 0], atol=2.1 / draws)
+  assert (share_V[::3] == 0).all()
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_tokens():
+  probs_V = np.zeros(300, np.float32)
+  probs_V[[130, 131, 260]] = 0.1, 0.6, 0.3
+  logits_1LV = jnp.log(jnp.asarray(probs_V))[None, None].repeat(3, axis=1)
+  logits_1LV = jnp.maximum(logits_1LV, remasking.REMOVED)
+  u_1L = jnp.asarray([[0.0, np.nextafter(np.float32(1), np.float32(0)), 0.5]])
+  assert remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0].tolist() == [[130, 260, 131]]

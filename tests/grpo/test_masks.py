@@ -287,6 +287,19 @@ def test_rows_do_not_depend_on_batch_padding_or_canvas(name):
   assert (other.masked != want.masked).any()
 
 
+def test_completions_of_a_prompt_can_share_their_masks():
+  e = masks.Estimator(t_per="prompt", masks_per="prompt", full_mask_term=False)
+  groups = np.repeat(np.arange(16), 4)
+  passes, _ = draw(e, group_ids_B=groups)
+  for groups_of in (passes.masked, passes.weights):
+    of_groups = np.asarray(groups_of).reshape(2, 16, 4, -1)
+    np.testing.assert_array_equal(of_groups, of_groups[:, :, :1].repeat(4, axis=2))
+  first = np.asarray(passes.masked)[0, ::4]
+  assert len(np.unique(first, axis=0)) == 16
+  own, _ = draw(masks.Estimator(t_per="prompt", full_mask_term=False), group_ids_B=groups)
+  assert len(np.unique(np.asarray(own.masked)[0], axis=0)) > 60
+
+
 @pytest.mark.slow
 def test_more_pairs_change_no_mask():
   more, completion = draw(masks.Estimator(pairs=3))
@@ -330,6 +343,8 @@ def test_tokens_after_the_end(name):
   "changes, match",
   [
     (dict(name="elbo"), "estimator.name is 'elbo'; choose one of .*'coupled'"),
+    (dict(masks_per="token"), "estimator.masks_per is 'token'"),
+    (dict(masks_per="prompt", t_per="row"), "set t_per to"),
     (dict(t_per="token"), "estimator.t_per is 'token'; choose one of .*'prompt'"),
     (dict(weight="t"), "estimator.weight is 't'; choose one of"),
     (dict(normalise="sum"), "estimator.normalise is 'sum'"),
