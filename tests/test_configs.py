@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from diffucoder_jax import train
+from diffucoder_jax import pretrained, train, train_grpo
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.execution import sandbox
-from diffucoder_jax.grpo import diagnostics, masks, rewards, rounds
+from diffucoder_jax.grpo import diagnostics, masks, rewards, rollout, rounds
 from diffucoder_jax.grpo import objective as grpo_objective
 from diffucoder_jax.hf import load
-from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.model.transformer import Transformer, init_params
 from diffucoder_jax.runtime import optim, sharding, workdir
 from tests import tiny
@@ -88,6 +89,41 @@ def test_full_size_steps_lower(name, arg):
   assert metrics["loss"].shape == ()
   count = sum(x.size for x in jax.tree.leaves(load.abstract_params(model.config, mesh)))
   assert count == (7_615_616_512 if arg is None else 494_032_768)
+
+
+@pytest.mark.slow
+def test_the_full_size_update_and_rollout_lower():
+  """The recipe's optimiser step and its sampler, for the 7B network; nothing is allocated."""
+  c = config_of("grpo_7b")
+  mesh = sharding.make_mesh(dict(data=2, fsdp=4, tensor=1))
+  network = ModelConfig(**{**preset("diffucoder_7b"), "remat": "full"})
+  words = SimpleNamespace(end_of_turn_id=151645)
+  ckpt = pretrained.Pretrained(network, None, words, 151666, 151643, 151643, mesh)
+  tx, _ = optim.make_optimizer(c.optim)
+  with jax.set_mesh(mesh):
+    rounds_ = rounds.Rounds(c, ckpt, mesh, None, None, jax.random.key(0))
+    state, _ = train_grpo.initial_state(c, mesh, rounds_, tx, jax.random.key(0))
+    new = rounds_.sampler.max_new_tokens
+    step = functools.partial(
+      train_grpo.update, rounds_.model, tx, rounds_.objective, rounds_.estimator, 151666, new,
+      c.optim.accumulate,
+    )  # fmt: skip
+    lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.int32(0), jax.random.key(1))
+    rows = rounds_.rows
+    canvas, valid, ids = (
+      jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+      for shape, dtype in (
+        ((rows, rounds_.length), jnp.int32), ((rows, rounds_.length), bool), ((rows,), jnp.int32)
+      )
+    )  # fmt: skip
+    sampled = rollout._sample.lower(
+      rounds_.model, rounds_.sampler, 151666, 151645, state.params, canvas, valid,
+      jax.random.key(2), ids,
+    )  # fmt: skip
+  after, metrics = lowered.out_info
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+  assert metrics["loss"].shape == () and sampled.out_info.tokens.shape == (80, 512 + 256)
+  assert state.batch.old.shape == (80, 2, 768) == state.batch.ref.shape
 
 
 def test_the_papers_grpo_differs_where_it_says():

@@ -91,6 +91,11 @@ def problems_of_round(round_, count, number, seed):
   return [int(orders[epoch][i]) for epoch, i in places]
 
 
+def canvas_length(longest, most, new):
+  """Length of a round's canvases: the longest prompt, rounded up but not above `most`, and `new`."""
+  return min(longest + -longest % LENGTH_STEP, most) + new
+
+
 def lay_out(rows, length, new, mask_id):
   """(canvas int32, valid bool) [B, length]: prompts, left-padded, with `new` masks behind each."""
   canvas_BL = np.zeros((len(rows), length), np.int32)
@@ -122,11 +127,10 @@ def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max
       `stop_at_eos`.
     mesh: the mesh. max_prompt: no prompt has more tokens.
   Returns:
-    `sampler.Trace` of this process's rows on the host, [rows, L]; L is the longest prompt of the
-    round, rounded up but not above `max_prompt`, plus max_new_tokens.
+    `sampler.Trace` of this process's rows on the host, [rows, L]; L is `canvas_length`.
   """
   longest = int(sharding.largest_everywhere(max(map(len, rows))))
-  length = min(longest + -longest % LENGTH_STEP, max_prompt) + config.max_new_tokens
+  length = canvas_length(longest, max_prompt, config.max_new_tokens)
   canvas_BL, valid_BL = lay_out(rows, length, config.max_new_tokens, mask_id)
   placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)
   trace = _sample(model, config, mask_id, eos_id, params, placed[0], placed[1], key, placed[2])

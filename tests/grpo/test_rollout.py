@@ -14,6 +14,10 @@ def test_problems_come_once_an_epoch():
   assert rollout.problems_of_round(0, 20, 12, 3)[:12] == order[:12]
 
 
+def test_canvases_have_few_lengths_and_are_never_longer_than_a_batch():
+  assert [rollout.canvas_length(n, 48, 16) for n in (1, 32, 33, 48)] == [48, 48, 64, 64]
+
+
 def test_a_batch_is_the_canvas_with_what_was_sampled():
   canvas, valid = rollout.lay_out([[5, 6], [7, 8, 9]], 7, 4, mask_id=1)
   assert canvas.tolist() == [[0, 5, 6, 1, 1, 1, 1], [7, 8, 9, 1, 1, 1, 1]]
