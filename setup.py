@@ -35,6 +35,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
     "report": ["matplotlib>=3.9"],
+    "evalplus": ["evalplus>=0.3.1"],  # for tests/test_evalplus.py; brings half a gigabyte
     "parquet": ["pyarrow"],
     "prepare": ["pyarrow", "rensa>=0.5"],
     "gcs": ["gcsfs"],

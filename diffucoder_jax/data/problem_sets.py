@@ -166,22 +166,28 @@ SPLITS = {
 
 def _completion(row, tests, plus_tests):
   """A problem that is a signature with a docstring, and perhaps imports and helpers before it."""
+  prompt = row["prompt"]
+  return Problem(
+    task_id=row["task_id"],
+    prompt=f"{COMPLETE}```\n{prompt.strip()}\n```\n",
+    entry_point=row["entry_point"],
+    tests=tests,
+    plus_tests=plus_tests,
+    reference=prompt + row["canonical_solution"],
+    source="humanevalplus" if plus_tests else "humaneval",
+    prelude=prelude_of(row),
+    stub=prompt,
+  )
+
+
+def prelude_of(row):
+  """Imports and helpers before the function that a record of HumanEval asks for."""
   prompt, entry_point = row["prompt"], row["entry_point"]
   signature = re.search(rf"^def {re.escape(entry_point)}\b", prompt, re.MULTILINE)
   if not signature:
     raise ValueError(f"the prompt of {row['task_id']} does not define {entry_point}")
   before = prompt[: signature.start()].strip()
-  return Problem(
-    task_id=row["task_id"],
-    prompt=f"{COMPLETE}```\n{prompt.strip()}\n```\n",
-    entry_point=entry_point,
-    tests=tests,
-    plus_tests=plus_tests,
-    reference=prompt + row["canonical_solution"],
-    source="humanevalplus" if plus_tests else "humaneval",
-    prelude=before + "\n" if before else "",
-    stub=prompt,
-  )
+  return before + "\n" if before else ""
 
 
 def _mbpp_rows(path, split):
