@@ -37,7 +37,7 @@ def get_config(arg=None):
   c.data.global_batch = 16
   c.optim.steps = 1100
   c.optim.warmup_steps = 50
-  c.optim.lr = 3e-3
+  c.optim.lr = 1.5e-3
   c.eval.every = 500
   c.eval.rows = 64
   return c

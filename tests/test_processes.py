@@ -242,7 +242,7 @@ def test_what_two_processes_report_of_a_round_is_about_both(tmp_path, tmp_path_f
 
   def begin(workdir, log, **environment):
     command = [
-      sys.executable, "-m", "tests.execution.graded", "--config=configs/quickstart_grpo.py",
+      sys.executable, "-m", "tests.execution.graded", "--config=configs/grpo_7b.py",
       f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
     with open(log, "wb") as out:

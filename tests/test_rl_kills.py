@@ -69,7 +69,7 @@ class Run:
     self.workdir, self.log, self.told = (folder / f"{name}{end}" for end in ("", ".log", ".told"))
     values = graded.settings(start, problems, **CHANGES)
     self.command = [
-      sys.executable, "-m", "tests.execution.graded", "--config=configs/quickstart_grpo.py",
+      sys.executable, "-m", "tests.execution.graded", "--config=configs/grpo_7b.py",
       f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in values.items()),
     ]  # fmt: skip
     self.environment = tiny.environment(GRADED_TOLD=str(self.told), **environment)

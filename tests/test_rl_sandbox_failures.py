@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import quickstart_grpo
+from configs import grpo_7b
 from diffucoder_jax.execution.sandbox import SandboxUnavailable
 from diffucoder_jax.grpo import rewards
 from diffucoder_jax.runtime import metrics
@@ -125,7 +125,7 @@ def run(
 
   monkeypatch.setattr(rewards, "score", struck)
   monkeypatch.setitem(rewards.FENCES, "graded", fence)
-  c = quickstart_grpo.get_config()
+  c = grpo_7b.get_config()
   c.lock()
   settings = graded.settings(start, problems, **{"optim.steps": STEPS})
   c.update_from_flattened_dict(settings)

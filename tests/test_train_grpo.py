@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart_grpo
+from configs import grpo_7b
 from diffucoder_jax.data import toy_problems
 from diffucoder_jax.data.problems import write_problems
 from diffucoder_jax.grpo import rewards
@@ -43,12 +43,13 @@ def letters(monkeypatch):
 
 
 def config(start, problems, **changes):
-  c = quickstart_grpo.get_config()
+  c = grpo_7b.get_config()
   c.unlock()
   c.reward.weights = {"letters": 1.0}
   c.lock()
   c.update_from_flattened_dict({
-    "init_from": str(start), "problems.path": str(problems / "train.jsonl"),
+    "problems.set": "problems", "problems.split": "", "rollout.system": "", "sampler.top_p": 1.0,
+    "optim.accumulate": 1, "init_from": str(start), "problems.path": str(problems / "train.jsonl"),
     "problems.eval_path": str(problems / "test.jsonl"), "rollout.max_prompt_tokens": 110,
     "sampler.max_new_tokens": 16, "sampler.steps": 4, "sampler.temperature": 1.0,
     "grpo.prompts": 2, "grpo.num_generations": 4, "grpo.ref_every": 3, "optim.steps": 6,
@@ -143,6 +144,13 @@ def test_held_out_problems_are_scored(start, problems, letters, tmp_path):
   scored = [row for row in rows(tmp_path / "run") if "eval/pass@1" in row]
   assert [row["step"] for row in scored] == [0, 2] and last["eval/pass@1"] == scored[-1]["eval/pass@1"]
   assert all(0 <= row["eval/pass@1_greedy"] <= 1 for row in scored)
+  for step, row in zip((0, 2), scored, strict=True):
+    text = (tmp_path / "run" / "answers" / f"{step:06d}.jsonl").read_text()
+    answers = [json.loads(line) for line in text.splitlines()]
+    drawn = [a["passed"] for a in answers if a["temperature"] > 0]
+    greedy = [a["passed"] for a in answers if a["temperature"] == 0]
+    assert len(drawn) == 3 * len(greedy) == 12
+    assert row["eval/pass@1"] == np.mean(drawn) and row["eval/pass@1_greedy"] == np.mean(greedy)
 
 
 def test_answers_without_a_verdict_are_masked(start, problems, letters, tmp_path, monkeypatch):

@@ -55,9 +55,10 @@ def write(folder, train=6, test=4):
 
 
 def settings(start, folder, **changes):
-  """Flat overrides of configs/quickstart_grpo.py: rounds of 2 prompts x 4 answers, 2 steps each."""
+  """Flat overrides of configs/grpo_7b.py: rounds of 2 prompts x 4 answers, 2 steps each."""
   return {
-    "init_from": str(start), "problems.path": str(folder / "train.jsonl"),
+    "problems.set": "problems", "problems.split": "", "rollout.system": "", "sampler.top_p": 1.0,
+    "optim.accumulate": 1, "init_from": str(start), "problems.path": str(folder / "train.jsonl"),
     "problems.eval_path": str(folder / "test.jsonl"), "reward.fence": "graded",
     "rollout.max_prompt_tokens": 110, "sampler.max_new_tokens": 16, "sampler.steps": 4,
     "sampler.temperature": 1.0, "grpo.prompts": 2, "grpo.num_generations": 4,
