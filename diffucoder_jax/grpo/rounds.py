@@ -92,13 +92,12 @@ class Rounds:
     self.rows = self.grpo.prompts * self.grpo.num_generations
     self.length = c.rollout.max_prompt_tokens + self.sampler.max_new_tokens
     ids = np.arange(self.rows, dtype=np.int32)
-    index, count = sharding.batch_shard(mesh)
     if self.rows % sharding.batch_shards(mesh):
       raise ValueError(
         f"grpo.prompts x grpo.num_generations is {self.rows} rows, which {sharding.batch_shards(mesh)} "
         "parts of the mesh cannot share equally; make it a multiple"
       )
-    self.block = slice(index * self.rows // count, (index + 1) * self.rows // count)
+    self.block = self.part(self.rows)
     self.ids = {"rows": ids[self.block], "groups": ids[self.block] // self.grpo.num_generations}
     self.score = jax.jit(
       functools.partial(
@@ -112,6 +111,11 @@ class Rounds:
     )
     self.measure = jax.jit(self._measure)
     self.judge = concurrent.futures.ThreadPoolExecutor(1)
+
+  def part(self, rows):
+    """This process's part of a batch of so many rows."""
+    index, count = sharding.batch_shard(self.mesh)
+    return slice(index * rows // count, (index + 1) * rows // count)
 
   def _stack(self, scores):
     return jnp.stack(scores, axis=1) if scores else jnp.zeros((self.rows, 1, self.length))
@@ -159,9 +163,10 @@ class Rounds:
       float [problems], 1 or 0, NaN where nobody knows; and {i: text} of this process's answers.
     """
     found, texts = [], {}
-    for begin in range(0, len(ids), self.rows):
+    size = min(self.rows, len(ids) + -len(ids) % sharding.batch_shards(self.mesh))
+    for begin in range(0, len(ids), size):
       # The last one is filled up, so that it needs no program of its own.
-      chosen = np.minimum(np.arange(begin, begin + self.rows), len(ids) - 1)[self.block]
+      chosen = np.minimum(np.arange(begin, begin + size), len(ids) - 1)[self.part(size)]
       trace = rollout.sample(
         self.model, params, [ids[i] for i in chosen], chosen, key, config, self.ckpt.mask_id,
         self.end_id, self.mesh, self.config.rollout.max_prompt_tokens,
