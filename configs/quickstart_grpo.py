@@ -21,17 +21,17 @@ def get_config(arg=None):
   c.rollout.system = ""
   c.sampler.max_new_tokens = 48
   c.sampler.steps = 12
-  c.sampler.temperature = 1.2  # the paper's
+  c.sampler.temperature = 1.4
   c.sampler.top_p = 1.0
-  # Many prompts and one step on each round: with 16 x 8 answers and two steps a round nothing held
-  # out was learnt in the same time, whatever the rate.
-  c.grpo.prompts = 64
+  # Many prompts and one step on each round: with 16 x 8 answers and two steps a round at most 3
+  # points of held-out pass@1 were gained in 12 rounds, at rates from 1e-4 to 8e-4.
+  c.grpo.prompts = 32
   c.grpo.num_generations = 4
   c.grpo.num_iterations = 1
   # A wrong constant passes some of three tests by luck, so only all of them count.
   c.reward.weights = config_dict.create(solved=2.0, format=0.5)
   c.estimator.name = arg or "coupled"
-  # Less noise than the recipe's: with its masks and weights 2e-4 lost what 3e-4 kept.
+  # Less noise than the recipe's: see masks.Estimator.
   c.estimator.t_per = "prompt"
   c.estimator.masks_per = "prompt"
   c.estimator.weight = "none"
@@ -40,12 +40,13 @@ def get_config(arg=None):
   c.objective.beta = 0.0
   c.sandbox.limits.cpu_seconds = 1.0
   c.sandbox.limits.wall_seconds = 5.0
-  c.optim.steps = 18
-  c.optim.lr = 1.8e-4
-  c.optim.warmup_steps = 2
+  c.optim.steps = 24
+  c.optim.lr = 1e-4
+  c.optim.warmup_steps = 4
   c.checkpoint.every = 10
-  c.eval.every = 9
+  c.eval.every = 24
   c.eval.problems = 128
+  c.eval.samples = 2
   c.log.every = 1
   return c
 
