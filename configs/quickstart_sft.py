@@ -10,7 +10,7 @@ steps; every answer ends by itself.
 From fresh weights, unlike the paper's, which go on from stage 2 (--config.init_from=W/mid): a network
 this small learns the words of a problem sooner when it knows Python's, but to copy a number out of
 it later. After 1,400 steps 61 of 100 held-out answers were right from fresh weights, 31 from W/mid,
-with the same loss.
+with the same loss. (Both began from init_std=0.02 and lr=3e-3; not measured again since.)
 """
 
 from ml_collections import config_dict

@@ -15,7 +15,7 @@ AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
 MID_STEPS=${MID_STEPS:-60}         # on cleaned functions
 SFT_STEPS=${SFT_STEPS:-1100}       # on small programming problems
-RL_STEPS=${RL_STEPS:-24}           # on the rewards of running its answers to more of them
+RL_STEPS=${RL_STEPS:-18}           # on the rewards of running its answers to more of them
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model
