@@ -10,7 +10,7 @@ steps; every answer ends by itself.
 From fresh weights, unlike the paper's, which go on from stage 2 (--config.init_from=W/mid): a network
 this small learns the words of a problem sooner when it knows Python's, but to copy a number out of
 it later. After 1,400 steps 61 of 100 held-out answers were right from fresh weights, 31 from W/mid,
-with the same loss. (Both began from init_std=0.02 and lr=3e-3; not measured again since.)
+with the same loss. (Both with init_std=0.02 and lr=3e-3, on another Python; not measured again since.)
 """
 
 from ml_collections import config_dict
@@ -23,6 +23,9 @@ def get_config(arg=None):
     raise ValueError(f"configs/quickstart_sft.py takes no argument, got {arg!r}")
   c = quickstart_adapt.get_config()
   c.problems = config_dict.create(train=3000, test=200, largest=9)  # made by `prepare problems`
+  # 1 / sqrt(embed_dim), which 0.02 nearly is for the 7B's width. With 0.02 here no copying of numbers
+  # was learnt: 3 of 128 held-out problems were solved; with this 80, at the same rate of 3e-3.
+  c.model.init_std = 0.088
   c.objective.anneal_steps = 0
   c.objective.truncate_prob = 0.0
   c.objective.prefix_prob = 0.0
