@@ -4,7 +4,21 @@ python -m diffucoder_jax.train_grpo --config=configs/quickstart_grpo.py --workdi
   --config.init_from=W/sft --config.problems.path=W/problems/train.jsonl \
   --config.problems.eval_path=W/problems/test.jsonl
 
-It runs; what it gains, and how long it takes, was not measured yet: the values are first guesses.
+Seen on one core of a 2-core AMD EPYC, 2026-11-21, from one tuned model (71.1 % of 128 held-out problems
+greedily), held-out pass@1 in points:
+
+              temperature 1.2 (two answers each)           greedy
+  coupled     seed 0: 40.6 to 41.4, 1: 36.7 to 47.3,       71.1 to 71.1, 71.1, 65.6
+              2: 37.5 to 43.0; mean +5.6 +- 2.8
+  decoupled   seed 0: 40.6 to 43.0                         71.1 to 70.3
+
+So it gains less than we want, and so few seeds cannot tell the estimators apart. 36 rounds, a
+temperature of 1.4 over 24, or 64 x 4 answers at 1.8e-4 gained 3 to 7 points and cost 3 to 6 greedy ones
+(two seeds each). From a model tuned at 3e-3 (62.5 % greedily; 29.7 % at temperature 1.0) 48 rounds at 5e-4
+gained 12.5 and cost 5.5: at this size most of each step is noise, which undoes what the last, small
+steps of tuning had gained.
+
+  :decoupled, :full_mask  the same budget with another estimator
 """
 
 from ml_collections import config_dict
