@@ -14,7 +14,7 @@ greedily), held-out pass@1 in points:
 
 So it gains less than we want, and so few seeds cannot tell the estimators apart. 36 rounds, a
 temperature of 1.4 over 24, or 64 x 4 answers at 1.8e-4 gained 3 to 7 points and cost 3 to 6 greedy ones
-(two seeds each). From a model tuned at 3e-3 (62.5 % greedily; 29.7 % at temperature 1.0) 48 rounds at 5e-4
+(two seeds each). From a model tuned at 3e-3 (62.5 % greedily, 29.7 % at temperature 1) 48 rounds at 5e-4
 gained 12.5 and cost 5.5: at this size most of each step is noise, which undoes what the last, small
 steps of tuning had gained.
 
