@@ -11,6 +11,7 @@ greedily), held-out pass@1 in points:
   coupled     seed 0: 40.6 to 41.4, 1: 36.7 to 47.3,       71.1 to 71.1, 71.1, 65.6
               2: 37.5 to 43.0; mean +5.6 +- 2.8
   decoupled   seed 0: 40.6 to 43.0                         71.1 to 70.3
+  full_mask   seed 0: 40.6 to 44.9                         71.1 to 71.1
 
 So it gains less than we want, and so few seeds cannot tell the estimators apart. 36 rounds, a
 temperature of 1.4 over 24, or 64 x 4 answers at 1.8e-4 gained 3 to 7 points and cost 3 to 6 greedy ones
