@@ -4,7 +4,7 @@ python -m diffucoder_jax.prepare problems --config=configs/quickstart_sft.py --o
 python -m diffucoder_jax.train --config=configs/quickstart_sft.py --workdir=W/sft \
   --config.tokenizer=W/tokenizer.model --config.data.path=W/problems/train.jsonl
 
-Seen on 2 CPU cores (AMD EPYC, 2026-11-21): 3 min; 40 of 128 held-out problems solved, greedily and in 25
+Seen on 2 CPU cores (AMD EPYC, 2026-11-21): 3 min; 102 of 128 held-out problems solved, greedily and in 25
 steps; every answer ends by itself.
 
 From fresh weights, unlike the paper's, which go on from stage 2 (--config.init_from=W/mid): a network
