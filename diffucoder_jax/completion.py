@@ -144,12 +144,7 @@ def _sample(ckpt, rows, keys, config):
   fill = -len(rows) % shards  # rows that the mesh needs and nobody sees
   rows = rows + rows[-1:] * fill
   keys = jnp.concatenate([keys, *[keys[-1:]] * fill])
-  canvas_BL = np.zeros((len(rows), length), np.int32)
-  valid_BL = np.zeros((len(rows), length), bool)
-  for b, row in enumerate(rows):
-    row = [*row, *[ckpt.mask_id] * config.max_new_tokens]
-    canvas_BL[b, length - len(row) :] = row
-    valid_BL[b, length - len(row) :] = True
+  canvas_BL, valid_BL = sampler_lib.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
   slots = int(np.max(np.sum((canvas_BL == ckpt.mask_id) & valid_BL, axis=1)))
   slots += -slots % SLOTS_STEP
   run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)

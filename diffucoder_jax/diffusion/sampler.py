@@ -241,6 +241,23 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
   )
 
 
+def lay_out(rows, length, new, mask_id):
+  """Canvases for `generate`: rows, left-padded to one length, with `new` masks behind each.
+
+  Args:
+    rows: lists of token ids. length: int, at least the longest row and `new`. mask_id: int.
+  Returns:
+    (canvas int32, valid bool), numpy [B, length].
+  """
+  canvas_BL = np.zeros((len(rows), length), np.int32)
+  valid_BL = np.zeros((len(rows), length), bool)
+  for b, row in enumerate(rows):
+    canvas_BL[b, length - new :] = mask_id
+    canvas_BL[b, length - new - len(row) : length - new] = row
+    valid_BL[b, length - new - len(row) :] = True
+  return canvas_BL, valid_BL
+
+
 def row_keys(seed, rows):
   """The keys of rows 0..rows-1 of a seed, for `generate`."""
   return process.row_keys(jax.random.key(seed), rows)

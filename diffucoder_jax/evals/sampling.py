@@ -128,12 +128,7 @@ def _batch(ckpt, rows, keys, config, slots):
   """Left-pads the rows to one length and samples; gives all rows' `Trace` on every host."""
   length = max(map(len, rows)) + config.max_new_tokens
   length += -length % LENGTH_STEP
-  canvas_BL = np.zeros((len(rows), length), np.int32)
-  valid_BL = np.zeros((len(rows), length), bool)
-  for b, row in enumerate(rows):
-    row = [*row, *[ckpt.mask_id] * config.max_new_tokens]
-    canvas_BL[b, length - len(row) :] = row
-    valid_BL[b, length - len(row) :] = True
+  canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
   eos_id = ckpt.eos_id if ckpt.eos_id >= 0 else ckpt.tokenizer.end_of_turn_id
   run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, eos_id, min(slots, length))
   arrays = canvas_BL, valid_BL, keys

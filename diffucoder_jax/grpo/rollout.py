@@ -96,17 +96,6 @@ def canvas_length(longest, most, new):
   return min(longest + -longest % LENGTH_STEP, most) + new
 
 
-def lay_out(rows, length, new, mask_id):
-  """(canvas int32, valid bool) [B, length]: prompts, left-padded, with `new` masks behind each."""
-  canvas_BL = np.zeros((len(rows), length), np.int32)
-  valid_BL = np.zeros((len(rows), length), bool)
-  for b, row in enumerate(rows):
-    canvas_BL[b, length - new :] = mask_id
-    canvas_BL[b, length - new - len(row) : length - new] = row
-    valid_BL[b, length - new - len(row) :] = True
-  return canvas_BL, valid_BL
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sample(model, config, mask_id, eos_id, params, canvas_BL, valid_BL, key, rows_B):
   keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
@@ -131,7 +120,7 @@ def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max
   """
   longest = int(sharding.largest_everywhere(max(map(len, rows))))
   length = canvas_length(longest, max_prompt, config.max_new_tokens)
-  canvas_BL, valid_BL = lay_out(rows, length, config.max_new_tokens, mask_id)
+  canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, mask_id)
   placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)
   trace = _sample(model, config, mask_id, eos_id, params, placed[0], placed[1], key, placed[2])
   return jax.tree.map(sharding.local_rows, trace)

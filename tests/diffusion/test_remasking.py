@@ -98,3 +98,12 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens():
   logits_1LV = jnp.maximum(logits_1LV, remasking.REMOVED)
   u_1L = jnp.asarray([[0.0, np.nextafter(np.float32(1), np.float32(0)), 0.5]])
   assert remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0].tolist() == [[130, 260, 131]]
+
+
+def test_rounding_at_the_end_of_the_interval_draws_no_impossible_token():
+  logits_LV = np.random.default_rng(0).normal(size=(4000, 128)).astype(np.float32)
+  logits_LV[:, 120:] = remasking.REMOVED
+  u_1L = jnp.full((1, 4000), np.nextafter(np.float32(1), np.float32(0)))
+  logits_1LV = jnp.asarray(logits_LV)[None]
+  drawn_1L = remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0]
+  assert int(drawn_1L.max()) < 120
