@@ -30,8 +30,8 @@ from diffucoder_jax.evals import arness
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.grpo import diagnostics, logps, masks, objective, rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
-from diffucoder_jax.model.config import ModelConfig
-from diffucoder_jax.model.transformer import init_params, positions_of
+from diffucoder_jax.model import lora
+from diffucoder_jax.model.transformer import Transformer, init_params, positions_of
 from diffucoder_jax.runtime import checkpoint, metrics, optim, sharding
 from diffucoder_jax.runtime import workdir as workdirs
 
@@ -167,7 +167,7 @@ def main(config, workdir):
   init_key, round_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
 
   # What: the policy, the problems, the sandbox, the optimiser.
-  ckpt = open_policy(config, mesh)
+  ckpt = open_policy(config.init_from, config.model, mesh, init_key)
   prompts, held_out = open_prompts(config, ckpt.tokenizer)
   sandbox = Sandbox(limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe)
   logging.info("sandbox: level %s", sandbox.level)
@@ -243,15 +243,29 @@ def main(config, workdir):
   return last_eval
 
 
-def open_policy(config, mesh):
-  """The model to improve, from `config.init_from`."""
-  if not config.init_from:
+def open_policy(path, changes, mesh, key):
+  """The model to improve: the weights at `path`, with `changes` (dict) of their `ModelConfig`.
+
+  A change of None is none. Adapters (model.lora_rank) are made with `key` where there are none yet.
+  """
+  if not path:
     raise ValueError("init_from is empty; name the instruction-tuned model to start from")
-  ckpt = pretrained.from_pretrained(config.init_from, mesh=mesh)
+  ckpt = pretrained.from_pretrained(path, mesh=mesh)
   if ckpt.tokenizer is None or ckpt.mask_id < 0:
-    raise ValueError(f"{config.init_from} has no tokenizer with a mask token; RL needs both")
-  asked = {name: value for name, value in config.model.items() if value is not None}
-  return dataclasses.replace(ckpt, config=dataclasses.replace(ckpt.config, **asked))
+    raise ValueError(f"{path} has no tokenizer with a mask token; RL needs both")
+  asked = {name: value for name, value in changes.items() if value is not None}
+  model_config, params = dataclasses.replace(ckpt.config, **asked), ckpt.params
+  theirs, ours = ((c.lora_rank, c.lora_alpha) for c in (ckpt.config, model_config))
+  if ckpt.config.lora_rank and theirs != ours:
+    raise ValueError(
+      f"{path} has adapters of rank and alpha {theirs}, and model.lora_rank and lora_alpha are "
+      f"{ours}: leave them None to go on with those, or merge them into the weights first, by making "
+      "a Hugging Face folder (python -m diffucoder_jax.convert)"
+    )
+  if model_config.lora_rank and not ckpt.config.lora_rank:
+    boxed = jax.eval_shape(functools.partial(init_params, Transformer(model_config)), key)
+    params = lora.with_adapters(params, model_config, sharding.abstract(boxed, mesh), key)
+  return dataclasses.replace(ckpt, config=model_config, params=params)
 
 
 def initial_state(config, mesh, rounds, tx, key):
@@ -329,9 +343,8 @@ def replay(path):
     )
   mesh = sharding.make_mesh(config.mesh)
   jax.set_mesh(mesh)
-  ckpt = pretrained.from_pretrained(source, mesh=mesh)
-  ckpt = dataclasses.replace(ckpt, config=ModelConfig(**config.model))
-  key = jax.random.split(jax.random.key(config.seed), 3)[1]
+  init_key, key, _ = jax.random.split(jax.random.key(config.seed), 3)
+  ckpt = open_policy(source, config.model, mesh, init_key)
   prompts, _ = open_prompts(config, ckpt.tokenizer)
   rounds = Rounds(config, ckpt, mesh, prompts, None, key)
   _, trace = rounds.sample(round_, ckpt.params)
