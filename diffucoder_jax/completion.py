@@ -168,7 +168,7 @@ def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL
 
 def _completion(ckpt, prompt, trace):
   valid_L = trace.valid[0]
-  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim == 2 else x, trace)
+  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim > 1 else x, trace)
   tokens_L = trace.tokens[0]
   given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
   hole_L = given == ckpt.mask_id

@@ -35,6 +35,8 @@ class SamplerConfig:
     eps: the last noise level of the schedule.
     stop_at_eos: a row stops when all before its first end token is committed; the masks after it
       stay masks.
+    alternatives: how many of the likeliest tokens the trace keeps for each position, as they stood
+      when its token was committed; for the viewer. Changes no token.
   """
 
   alg: str = "entropy"
@@ -46,6 +48,7 @@ class SamplerConfig:
   alg_temp: float = 0.0
   eps: float = 1e-3
   stop_at_eos: bool = False
+  alternatives: int = 0
 
   def __post_init__(self):
     def check(name, good, remedy):
@@ -60,6 +63,7 @@ class SamplerConfig:
     check("top_k", self.top_k >= 0, "use 0 (off) or more")
     check("alg_temp", self.alg_temp >= 0, "use 0 or more")
     check("eps", 0 < self.eps < 1, "use a number in (0, 1)")
+    check("alternatives", self.alternatives >= 0, "use 0 (none) or more")
 
 
 @flax.struct.dataclass
@@ -76,6 +80,10 @@ class Trace:
   entropy: jax.Array  # float32, nats, of the filtered distribution at that step
   nfe: jax.Array  # int32 [B], network evaluations that could commit something in the row
   valid: jax.Array  # bool, False on padding
+  # Of `SamplerConfig.alternatives`, K: the likeliest tokens of the filtered distribution at that
+  # step, best first, int32 [B, L, K]; -1 where nothing was written. And their probabilities.
+  alternatives: jax.Array | None = None
+  alternative_probs: jax.Array | None = None
 
 
 def history(trace, mask_id):
@@ -86,7 +94,7 @@ def history(trace, mask_id):
 
 def save_trace(path, trace):
   """Writes a trace as .npz, with a version field."""
-  arrays = {name: np.asarray(value) for name, value in vars(trace).items()}
+  arrays = {name: np.asarray(x) for name, x in vars(trace).items() if x is not None}
   with epath.Path(path).open("wb") as f:
     np.savez_compressed(f, version=TRACE_VERSION, **arrays)
 
@@ -171,7 +179,10 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
   logical_BS = taken(jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0))
 
   def put(x_BS, others_BL):
-    return jnp.where(generated_BL, jnp.take_along_axis(x_BS, rank_BL, axis=1), others_BL)
+    """Also for arrays with more dimensions behind S, and a number for `others_BL`."""
+    more = (1,) * (x_BS.ndim - 2)
+    found_BL = jnp.take_along_axis(x_BS, rank_BL.reshape(*rank_BL.shape, *more), axis=1)
+    return jnp.where(generated_BL.reshape(*generated_BL.shape, *more), found_BL, others_BL)
 
   def evaluate(step, trace, count_B, active_B):
     masked_BS = (trace.tokens == mask_id) & generated_BS & active_B[:, None]
@@ -198,6 +209,13 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
         chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, gumbel_BS)
       else:
         chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)
+    if c.alternatives:
+      probs_BSK, ids_BSK = jax.lax.top_k(probs_BSV, c.alternatives)
+      chosen_BS1 = chosen_BS[..., None]
+      trace = trace.replace(
+        alternatives=jnp.where(chosen_BS1, ids_BSK, trace.alternatives),
+        alternative_probs=jnp.where(chosen_BS1, probs_BSK, trace.alternative_probs),
+      )
     return trace.replace(
       tokens=jnp.where(chosen_BS, tokens_BS, trace.tokens),
       step=jnp.where(chosen_BS, step, trace.step),
@@ -230,13 +248,21 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
     nfe=jnp.zeros(canvas.shape[0], jnp.int32),
     valid=generated_BS,
   )
+  if c.alternatives:
+    shape = (*index_BS.shape, c.alternatives)
+    start = start.replace(
+      alternatives=jnp.full(shape, -1, jnp.int32), alternative_probs=jnp.zeros(shape, jnp.float32)
+    )
   trace = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start))[1]
-  zeros_BL = jnp.zeros(canvas.shape, jnp.float32)
+  if c.alternatives:
+    trace = trace.replace(
+      alternatives=put(trace.alternatives, -1), alternative_probs=put(trace.alternative_probs, 0.0)
+    )
   return trace.replace(
     tokens=put(trace.tokens, canvas),
-    step=put(trace.step, jnp.full(canvas.shape, -1, jnp.int32)),
-    confidence=put(trace.confidence, zeros_BL),
-    entropy=put(trace.entropy, zeros_BL),
+    step=put(trace.step, -1),
+    confidence=put(trace.confidence, 0.0),
+    entropy=put(trace.entropy, 0.0),
     valid=valid,
   )
 

@@ -154,7 +154,7 @@ def _run(model_config, config, mask_id, eos_id, slots, params, canvas_BL, valid_
 def _sampled(ckpt, ids, trace, seconds):
   """The text in the holes of one row."""
   valid_L = trace.valid[0]
-  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim == 2 else x, trace)
+  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim > 1 else x, trace)
   tokens_L = trace.tokens[0]
   given_L = np.asarray([*ids, *[ckpt.mask_id] * (len(tokens_L) - len(ids))])
   written = [int(token) for token in tokens_L[given_L == ckpt.mask_id]]

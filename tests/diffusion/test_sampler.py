@@ -1,5 +1,6 @@
 """What the sampler promises beyond the golden trajectories."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -25,9 +26,7 @@ ALGS = sorted(remasking.CONFIDENCE)
 def run():
   """(canvas, valid, keys, config) -> Trace, jitted, on one small random network."""
   params = nn.unbox(init_params(Transformer(CONFIG), jax.random.key(0)))
-  jitted = functools.partial(
-    jax.jit(sample, static_argnums=4, static_argnames="slots"), params
-  )
+  jitted = functools.partial(jax.jit(sample, static_argnums=4, static_argnames="slots"), params)
   jitted.compiles = jitted.func._cache_size
   return jitted
 
@@ -63,7 +62,9 @@ def layout(prompts, new, left, right=0):
 )
 def test_only_what_is_written_needs_logits(run, alg, temperature):
   """Logits of 12 of 21 positions or of all: the same denoising, holes and short rows included."""
-  config = sampler.SamplerConfig(alg=alg, steps=6, max_new_tokens=9, temperature=temperature, top_p=0.9)
+  config = sampler.SamplerConfig(
+    alg=alg, steps=6, max_new_tokens=9, temperature=temperature, top_p=0.9
+  )
   holes = ([2, MASK, MASK, 3, MASK, 4], [5, 6, 7, 8, 9, 10, 11], [12], [MASK, 14, 15, 16])
   canvas, valid = layout(holes, 9, left=3, right=3)
   keys = sampler.row_keys(0, 4)
@@ -223,6 +224,19 @@ def test_the_trace_holds_the_confidence_and_entropy_of_the_committing_step():
   np.testing.assert_allclose(trace.confidence, [[0, 0.8, 0.7, 0.7]], rtol=1e-5)
   entropy = [-(p * np.log(p) + (1 - p) * np.log(1 - p)) for p in (0.8, 0.7, 0.7)]
   np.testing.assert_allclose(trace.entropy, [[0, *entropy]], rtol=1e-4)
+  assert trace.alternatives is None
+
+  config = dataclasses.replace(config, alternatives=2)
+  more = sampler.generate(logits_fn, canvas, canvas >= 0, None, config, mask_id=MASK)
+  jax.tree.map(
+    np.testing.assert_array_equal, trace, more.replace(alternatives=None, alternative_probs=None)
+  )
+  assert more.alternatives[0, 0].tolist() == [-1, -1] and set(
+    more.alternatives[0, 1:, 0].tolist()
+  ) == {4}
+  np.testing.assert_allclose(more.alternative_probs[0, :, 0], [0, 0.8, 0.7, 0.7], rtol=1e-5)
+  rest = more.alternative_probs[0, 1:, 1]
+  assert (0 < rest).all() and (rest < 0.31).all()
 
 
 def draw_rows(probs, tokens=4, rows=2048, **changes):
@@ -304,7 +318,7 @@ def test_temperature_changes_the_order(run):
 
 
 def test_traces_survive_a_file(run, tmp_path):
-  config = sampler.SamplerConfig(alg="entropy", steps=4, max_new_tokens=6)
+  config = sampler.SamplerConfig(alg="entropy", steps=4, max_new_tokens=6, alternatives=2)
   trace = jax.device_get(run(*layout([[2, 3], [4]], 6, 1), sampler.row_keys(0, 2), config))
   sampler.save_trace(tmp_path / "t.npz", trace)
   again = sampler.load_trace(tmp_path / "t.npz")
@@ -322,7 +336,14 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
   "wrong",
-  [dict(alg="best"), dict(top_p=0.0), dict(temperature=-1.0), dict(eps=0.0), dict(steps=-1)],
+  [
+    dict(alg="best"),
+    dict(top_p=0.0),
+    dict(temperature=-1.0),
+    dict(eps=0.0),
+    dict(steps=-1),
+    dict(alternatives=-1),
+  ],
 )
 def test_settings_out_of_range_are_named(wrong):
   with pytest.raises(ValueError, match=f"sampler.{next(iter(wrong))}"):
