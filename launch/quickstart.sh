@@ -23,38 +23,39 @@ TOKENIZER=$WORKDIR/tokenizer.model
 step() { echo; echo "== $* (minute $((SECONDS / 60)))"; }
 train() { python -m diffucoder_jax.train "$@"; }
 
-step "1/12 a tokenizer, trained on this Python's standard library"
+step "1/14 a tokenizer, trained on this Python's standard library"
 [ -s "$TOKENIZER" ] ||
   python -m diffucoder_jax.prepare tokenizer --config=configs/quickstart_ar.py --output="$TOKENIZER"
 
-step "2/12 an autoregressive model, $AR_STEPS steps"
+step "2/14 an autoregressive model, $AR_STEPS steps"
 train --config=configs/quickstart_ar.py --workdir="$WORKDIR/ar" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$AR_STEPS"
 
-step "3/12 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
+step "3/14 its adaptation to masked diffusion, $ADAPT_STEPS steps: attention opens from causal to full"
 train --config=configs/quickstart_adapt.py --workdir="$WORKDIR/adapt" \
   --config.init_from="$WORKDIR/ar" --config.optim.steps="$ADAPT_STEPS"
 
-step "4/12 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
+step "4/14 for comparison, diffusion from scratch, $((AR_STEPS + ADAPT_STEPS)) steps"
 train --config=configs/quickstart_adapt.py:scratch --workdir="$WORKDIR/scratch" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$((AR_STEPS + ADAPT_STEPS))"
 
-step "5/12 completing and infilling functions that were held out"
+step "5/14 completing and infilling functions that were held out"
 python -m diffucoder_jax.prepare prompts --config=configs/quickstart_ar.py \
   --config.tokenizer="$TOKENIZER" --output="$WORKDIR/prompts.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/prompts.jsonl" \
-  --max_new_tokens 40 --temperature 0.5 --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
+  --max_new_tokens 40 --temperature 0.5 --alternatives 4 \
+  --output "$WORKDIR/samples.jsonl" --traces "$WORKDIR/traces"
 
-step "6/12 one of them again, its denoising replayed"
+step "6/14 one of them again, its denoising replayed"
 head -n 1 "$WORKDIR/prompts.jsonl" >"$WORKDIR/first.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/adapt" --prompts "$WORKDIR/first.jsonl" \
   --show --max_new_tokens 40 --temperature 0.5
 
-step "7/12 mid-training on cleaned functions, $MID_STEPS steps"
+step "7/14 mid-training on cleaned functions, $MID_STEPS steps"
 train --config=configs/quickstart_midtrain.py --workdir="$WORKDIR/mid" \
   --config.init_from="$WORKDIR/adapt" --config.optim.steps="$MID_STEPS"
 
-step "8/12 instruction tuning on small programming problems, from fresh weights, $SFT_STEPS steps"
+step "8/14 instruction tuning on small programming problems, from fresh weights, $SFT_STEPS steps"
 [ -s "$WORKDIR/problems/test.jsonl" ] ||
   python -m diffucoder_jax.prepare problems --config=configs/quickstart_sft.py \
     --output="$WORKDIR/problems"
@@ -62,26 +63,40 @@ train --config=configs/quickstart_sft.py --workdir="$WORKDIR/sft" \
   --config.tokenizer="$TOKENIZER" --config.optim.steps="$SFT_STEPS" \
   --config.data.path="$WORKDIR/problems/train.jsonl"
 
-step "9/12 its answers to problems that were held out"
+step "9/14 its answers to problems that were held out"
 head -n 128 "$WORKDIR/problems/test.jsonl" >"$WORKDIR/questions.jsonl"
 python -m diffucoder_jax.generate --checkpoint "$WORKDIR/sft" --chat --system '' \
   --prompts "$WORKDIR/questions.jsonl" --max_new_tokens 50 --steps 25 --temperature 0 --top_p 1 \
   --batch_size 64 --output "$WORKDIR/answers.jsonl" | tail -n 16
 
-step "10/12 coupled-GRPO: rewards from running its answers, $RL_STEPS steps"
+step "10/14 coupled-GRPO: rewards from running its answers, $RL_STEPS steps"
 python -m diffucoder_jax.train_grpo --config=configs/quickstart_grpo.py --workdir="$WORKDIR/grpo" \
   --config.init_from="$WORKDIR/sft" --config.problems.path="$WORKDIR/problems/train.jsonl" \
   --config.problems.eval_path="$WORKDIR/problems/test.jsonl" --config.optim.steps="$RL_STEPS"
 
-step "11/12 the report"
+step "11/14 how many held-out problems each stage solves"
+for stage in mid sft grpo; do
+  python -m diffucoder_jax.evaluate --checkpoint "$WORKDIR/$stage" --output "$WORKDIR/scores/$stage" \
+    --benchmark problems --data_path "$WORKDIR/questions.jsonl" --chat --system '' --batch_size 64 \
+    --max_new_tokens 48 --steps 12 --temperature 0 --top_p 1 | sed -n '1p;4p'
+done
+
+step "12/14 in which order it decodes, at four temperatures"
+python -m diffucoder_jax.analyze --checkpoint "$WORKDIR/grpo" --chat --system '' \
+  --prompts "$WORKDIR/questions.jsonl" --limit 12 --temperatures 0.2 0.6 1.0 1.2 --seeds 3 \
+  --max_new_tokens 48 --batch_size 12 --output "$WORKDIR/analysis"
+
+step "13/14 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
   --config configs/quickstart_adapt.py \
   --runs ar="$WORKDIR/ar" adapt="$WORKDIR/adapt" scratch="$WORKDIR/scratch" \
   --stages mid="$WORKDIR/mid" sft="$WORKDIR/sft" --answers "$WORKDIR/answers.jsonl" \
-  --reinforced "$WORKDIR/grpo" \
+  --reinforced "$WORKDIR/grpo" --analysis "$WORKDIR/analysis" \
+  --scores mid-trained="$WORKDIR/scores/mid" instruction-tuned="$WORKDIR/scores/sft" \
+  coupled-GRPO="$WORKDIR/scores/grpo" \
   --samples "$WORKDIR/samples.jsonl" --trace "$WORKDIR/traces/0.npz"
 
-step "12/12 the model for people on PyTorch: a folder that transformers loads"
+step "14/14 the model for people on PyTorch: a folder that transformers loads"
 python -m diffucoder_jax.convert --source "$WORKDIR/grpo" --target "$WORKDIR/hf" --overwrite
 if python -c 'import torch, transformers' 2>/dev/null; then
   python launch/check_export.py "$WORKDIR/hf"

@@ -1,5 +1,6 @@
 """The analysis as a program: sampled here or recorded elsewhere, measured, written, and refused."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree
@@ -10,7 +11,7 @@ import pytest
 from diffucoder_jax import completion, pretrained
 from diffucoder_jax.completion import SamplerConfig
 from diffucoder_jax.diffusion import sampler
-from diffucoder_jax.evals import dumps, replay
+from diffucoder_jax.evals import dumps, order_charts, replay
 from tests import golden, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("programs")]
@@ -98,6 +99,10 @@ def test_results_say_what_was_measured(sampled):
   }  # fmt: skip
   for path in folder.glob("*.svg"):
     xml.etree.ElementTree.parse(path)
+  # What the report of a workdir shows of it.
+  pieces = "".join(order_charts.excerpt(folder, "../analysis/index.html"))
+  assert pieces.count("<svg") == 2 and '<a href="../analysis/index.html">' in pieces
+  assert all(html.escape(text) in pieces for text in saved["said"])
 
 
 def test_samples_are_used_again_and_not_mixed(sampled, program, workdir, prompts):

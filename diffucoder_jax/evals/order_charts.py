@@ -1,6 +1,7 @@
 """Pictures of the order of decoding, in the paper's form, and the static page that holds them."""
 
 import html
+import json
 import textwrap
 
 import numpy as np
@@ -217,6 +218,26 @@ def figures(results, maps):
               for label, x in series.items()}  # fmt: skip
     drawn[name] = (lines_chart(curves, "k", "pass@k"), "pass@k, as the results given say it.")
   return drawn
+
+
+def excerpt(folder, link):
+  """Pieces of HTML for another page: both AR-ness figures of an analysis and what it says.
+
+  Args:
+    folder: where `write` wrote, beside results.json. link: its address from the other page.
+  Raises:
+    FileNotFoundError: there are no results.
+  """
+  results = json.loads((epath.Path(folder) / "results.json").read_text())
+  found = results["labels"]
+  said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["said"])
+  pieces = [f"<h2>The order of decoding</h2><ul>{said}</ul>", '<div class="pair">']
+  for kind, most in (("local", arness.LOCAL_K), ("global", arness.GLOBAL_K)):
+    caption = f"{kind.capitalize()} AR-ness@k at each temperature; bars: 95 % intervals; dotted: chance."
+    chart = charts.inline(arness_chart(found, kind, most))
+    pieces.append(f"<figure>{chart}<figcaption>{caption}</figcaption></figure>")
+  link = html.escape(link, quote=True)
+  return [*pieces, "</div>", f'<p>All of it: <a href="{link}">the analysis</a>.</p>']
 
 
 def page(title, results, rows, drawn):

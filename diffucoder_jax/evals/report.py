@@ -22,7 +22,7 @@ from etils import epath
 
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import load_trace
-from diffucoder_jax.evals import charts, reinforced, style, viewer
+from diffucoder_jax.evals import charts, order_charts, reinforced, stages, style, viewer
 from diffucoder_jax.evals import samples as samples_lib
 from diffucoder_jax.evals import trace as trace_lib
 from diffucoder_jax.runtime import metrics
@@ -197,8 +197,8 @@ def _later_stages(found):
 
 
 def write_report(
-  path, title, runs, samples=None, drawing=None, footer=None, notes=(), stages=(), answers=None,
-  records=(), gains=(),
+  path, title, runs, samples=None, drawing=None, footer=None, notes=(), later=(), records=(),
+  sections=(),
 ):  # fmt: skip
   """Writes the page.
 
@@ -211,13 +211,12 @@ def write_report(
     drawing: an SVG string of `trace.svg`, or None.
     footer: mapping of str to value: what made the page.
     notes: sentences to show at the top, about input that is missing.
-    stages: mapping like `runs`, of later runs, each with held-out text of its own.
-    answers: what `samples.answers_of` gives, or None.
+    later: mapping like `runs`, of later runs, each with held-out text of its own.
     records: one or two of `viewer.record`, of traces to step through; or none.
-    gains: what `reinforced.improvement_of` gives, or none.
+    sections: more pieces of HTML, for the end of the page.
   """
   found, missing = load_runs(runs)
-  later, missing_later = load_runs(dict(stages))
+  later, missing_later = load_runs(dict(later))
   notes = [*notes, *missing, *missing_later]
   parts = [f"<h1>{html.escape(title)}</h1>"]
   parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
@@ -275,7 +274,7 @@ def write_report(
     )
     parts += [samples_lib.beside(i, row) for i, row in enumerate(samples, 1)]
   parts += _later_stages(later)
-  parts += [*(answers or ()), *gains]
+  parts += sections
   made = " · ".join(f"{html.escape(k)} {html.escape(str(v))}" for k, v in (footer or {}).items())
   css = style.CSS + (viewer.STYLE if records else "")
   page = (
@@ -312,6 +311,9 @@ def main(argv=None):
                       help="later runs, each scored on held-out text of its own")  # fmt: skip
   parser.add_argument("--answers", help="jsonl of a tuned model's answers, as generate writes it")
   parser.add_argument("--reinforced", help="workdir of train_grpo")
+  parser.add_argument("--scores", nargs="+", default=[], metavar="LABEL=DIR",
+                      help="folders of evaluate, of the same problems, stage by stage")  # fmt: skip
+  parser.add_argument("--analysis", help="folder of analyze")
   parser.add_argument("--trace", help=".npz of one sampler call")
   parser.add_argument("--compare_trace", help=".npz to show beside --trace in the viewer")
   parser.add_argument("--row", type=int, default=0, help="which row of the traces to draw")
@@ -319,21 +321,26 @@ def main(argv=None):
   parser.add_argument("--config", default="", help="name of the config, for the footer")
   parser.add_argument("--title", default="Diffusion and autoregressive training compared")
   args = parser.parse_args(argv)
-  for flag, given in (("--runs", args.runs), ("--stages", args.stages)):
+  for flag, given in (("--runs", args.runs), ("--stages", args.stages), ("--scores", args.scores)):
     if not all(name and workdir for name, _, workdir in (run.partition("=") for run in given)):
       parser.error(f"{flag} wants NAME=DIR pairs, such as ar=work/ar; got {' '.join(given)}")
-  runs, stages = (dict(run.split("=", 1) for run in given) for given in (args.runs, args.stages))
+  runs, later = (dict(run.split("=", 1) for run in given) for given in (args.runs, args.stages))
   folder = epath.Path(args.workdir) / "report"
   folder.mkdir(parents=True, exist_ok=True)
 
-  notes, samples, answers, drawing, records, gains = [], None, None, None, [], []
+  notes, samples, drawing, records, sections = [], None, None, [], []
   if _given(args.samples, "samples", notes):
     samples = samples_lib.read_samples(args.samples)
   if args.answers and _given(args.answers, "answers", notes):
-    tokenizer = load_tokenizer([*stages.values(), *runs.values()][-1])
-    answers = samples_lib.answers_of(args.answers, tokenizer)
+    tokenizer = load_tokenizer([*later.values(), *runs.values()][-1])
+    sections += samples_lib.answers_of(args.answers, tokenizer)
   if args.reinforced and _given(args.reinforced, "reinforced", notes):
-    gains = reinforced.improvement_of(args.reinforced)
+    sections += reinforced.improvement_of(args.reinforced)
+  if args.scores:
+    sections += stages.scores_of([score.split("=", 1) for score in args.scores])
+  if args.analysis and _given(args.analysis, "analysis", notes):
+    link = os.path.relpath(epath.Path(args.analysis) / "index.html", folder)
+    sections += order_charts.excerpt(args.analysis, link)
   if _given(args.trace, "trace", notes):
     try:
       tokenizer = load_tokenizer(args.tokenizer or list(runs.values())[-1])
@@ -346,14 +353,13 @@ def main(argv=None):
     except (FileNotFoundError, ValueError) as error:
       notes.append(f"No drawing of {args.trace}: {error}.")
   footer = {"config": args.config or "unnamed"}
-  for name, workdir in (runs | stages).items():
+  for name, workdir in (runs | later).items():
     config = epath.Path(workdir) / "config.json"
     if config.exists():
       footer[f"seed of {name}"] = json.loads(config.read_text()).get("seed", "unknown")
   footer |= machine() | {"made on": datetime.date.today().isoformat()}
   write_report(
-    folder / "index.html", args.title, runs, samples, drawing, footer, notes, stages, answers,
-    records, gains,
+    folder / "index.html", args.title, runs, samples, drawing, footer, notes, later, records, sections,
   )  # fmt: skip
   print(f"wrote {folder / 'index.html'}")
 

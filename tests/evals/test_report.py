@@ -129,7 +129,7 @@ def test_answers_that_end_are_counted(tmp_path, runs):
     "".join(json.dumps(row | {"ended": i < 3, "length": 7 + i}) + "\n" for i in range(4))
   )
   pieces = samples.answers_of(path, tokenizer)
-  page = page_of(tmp_path, runs, answers=pieces, stages={"sft": runs["adapt"]})
+  page = page_of(tmp_path, runs, sections=pieces, later={"sft": runs["adapt"]})
   wanted = len(tokenizer.encode(CODE * 2))
   text = plain(page)
   assert "3 of 4 answers to held-out problems end by themselves" in text
