@@ -62,7 +62,6 @@ def base(model, **model_changes):
     weight_decay=0.1,
     decay="matrices",
     clip_norm=1.0,
-    vector_lr=1.0,
     accumulate=1,
   )
   c.checkpoint = config_dict.create(every=1000, keep=3, keep_every=0, accept_changes=False)

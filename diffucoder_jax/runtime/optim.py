@@ -112,7 +112,7 @@ def make_learning_rate(optim_config):
 
 
 def _is_matrix(params):
-  """True at each leaf that is no vector (a scale or a bias), by the name it has in the module."""
+  """True at each leaf that is not a scale or a bias, going by the name it has in the module."""
 
   def one(path, _):
     # Linen metadata boxes add an attribute below the name, hence the last *dict* key.
@@ -120,10 +120,6 @@ def _is_matrix(params):
     return names[-1] not in NOT_MATRICES
 
   return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _is_vector(params):
-  return jax.tree.map(lambda matrix: not matrix, _is_matrix(params))
 
 
 # "all" is what torch.optim.AdamW does when it is given model.parameters().
@@ -148,8 +144,7 @@ def make_optimizer(optim_config):
   Args:
     optim_config: steps, lr, warmup_steps, schedule ("cosine", "constant" or "linear"), lr_floor
       (share of lr), b1, b2, eps, weight_decay, decay ("matrices": all but leaves named `scale` or
-      `bias`; "all"), clip_norm (0 = do not clip), vector_lr (the learning rate of those other
-      leaves, the vectors, as a multiple of lr). Adapters are matrices: decay draws both factors
+      `bias`; "all"), clip_norm (0 = do not clip). Adapters are matrices: decay draws both factors
       to zero, and so the network to the one that it adapts, whose weights never decay.
   Returns:
     (tx, learning_rate_fn): the Optax transformation, and step -> learning rate.
@@ -160,9 +155,6 @@ def make_optimizer(optim_config):
   learning_rate = make_learning_rate(c)
   if c.clip_norm < 0:
     raise ValueError(f"optim.clip_norm is {c.clip_norm}; it must be positive, or 0 for no clipping")
-  if not c.vector_lr > 0:
-    raise ValueError(f"optim.vector_lr is {c.vector_lr}; it is a multiple of optim.lr, above 0")
-  vectors = optax.masked(optax.scale(c.vector_lr), _is_vector)
   tx = optax.chain(
     optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
     optax.adamw(
@@ -173,7 +165,6 @@ def make_optimizer(optim_config):
       weight_decay=c.weight_decay,
       mask=_pick("decay", c.decay, DECAYS),
     ),
-    *([vectors] if c.vector_lr != 1 else []),
   )
   return _in_float32(tx), learning_rate
 

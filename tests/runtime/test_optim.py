@@ -19,7 +19,7 @@ def config(**changes):
   c = ml_collections.ConfigDict({
     "steps": 100, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine", "lr_floor": 0.1,
     "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decay": "matrices",
-    "clip_norm": 1.0, "vector_lr": 1.0, "accumulate": 1,
+    "clip_norm": 1.0, "accumulate": 1,
   })
   c.update(changes)
   return c
@@ -55,7 +55,6 @@ def test_schedules(schedule, expected):
     ({"lr": 0.0}, "optim.lr is 0.0"),
     ({"lr_floor": 2.0}, "optim.lr_floor is 2.0"),
     ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
-    ({"vector_lr": 0.0}, "optim.vector_lr is 0.0"),
   ],
 )
 def test_bad_config_is_named(changes, words):
@@ -99,17 +98,6 @@ def test_decay_leaves_scales_and_biases_alone():
     new = optim.apply_gradients(optim.init_state(params, tx), zeros, tx).params
     got = (new["dense"]["kernel"], new["dense"]["bias"], new["norm"]["scale"])
     assert tuple(bool((x < 1).all()) for x in got) == shrinks
-
-
-def test_vectors_have_a_rate_of_their_own():
-  dense = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-  params = {"dense": dense, "norm": {"scale": jnp.zeros(2)}}
-  ones = jax.tree.map(jnp.ones_like, params)
-  tx, _ = optim.make_optimizer(config(vector_lr=20.0, warmup_steps=0))
-  new = optim.apply_gradients(optim.init_state(params, tx), ones, tx).params
-  np.testing.assert_allclose(new["dense"]["kernel"], -1e-3, rtol=1e-4)
-  for vector in (new["dense"]["bias"], new["norm"]["scale"]):
-    np.testing.assert_allclose(vector, -2e-2, rtol=1e-4)
 
 
 def test_clipping():
