@@ -15,7 +15,7 @@ AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
 MID_STEPS=${MID_STEPS:-60}         # on cleaned functions
 SFT_STEPS=${SFT_STEPS:-1100}       # on small programming problems
-RL_STEPS=${RL_STEPS:-18}           # on the rewards of running its answers to more of them
+RL_STEPS=${RL_STEPS:-24}           # on the rewards of running its answers to more of them
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 TOKENIZER=$WORKDIR/tokenizer.model
@@ -78,7 +78,7 @@ step "11/14 how many held-out problems each stage solves"
 for stage in mid sft grpo; do
   python -m diffucoder_jax.evaluate --checkpoint "$WORKDIR/$stage" --output "$WORKDIR/scores/$stage" \
     --benchmark problems --data_path "$WORKDIR/questions.jsonl" --chat --system '' --batch_size 64 \
-    --max_new_tokens 48 --steps 12 --temperature 0 --top_p 1 | sed -n '1p;4p'
+    --max_new_tokens 48 --steps 12 --temperature 0 --top_p 0.9 | sed -n '1p;4p'
 done
 
 step "12/14 in which order it decodes, at four temperatures"

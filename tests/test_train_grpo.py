@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from configs import grpo_7b
+from diffucoder_jax import pretrained
 from diffucoder_jax.data import toy_problems
 from diffucoder_jax.data.problems import write_problems
 from diffucoder_jax.grpo import rewards
-from diffucoder_jax.runtime import metrics
+from diffucoder_jax.model import lora
+from diffucoder_jax.runtime import metrics, optim
 from tests import tiny
 
 pytest.importorskip("diffucoder_jax.execution.sandbox")
@@ -189,6 +191,26 @@ def test_groups_that_teach_nothing_are_replaced(start, problems, letters, tmp_pa
   assert first["ratio_min"] == pytest.approx(1, abs=1e-4) == first["ratio_max"]
   assert abs(second["ratio_max"] - 1) > 1e-3
   assert first["estimator/variance"] > 0 and first["estimator/variance_ratio"] < 1.5
+
+
+def test_adapters_alone_are_trained(start, problems, letters, tmp_path):
+  """Made for weights that have none, with a reference of their own; saved, resumed and replayed."""
+  changes = {"model.lora_rank": 2, "model.lora_alpha": 4.0, "optim.lr": 0.1}
+  run(config(start, problems, **changes, **{"optim.steps": 2}), tmp_path / "run")
+  run(config(start, problems, **changes, **{"optim.steps": 3}), tmp_path / "run")
+  before = pretrained.from_pretrained(start)
+  after = pretrained.from_pretrained(tmp_path / "run")
+  assert (before.config.lora_rank, after.config.lora_rank) == (0, 2)
+  jax.tree.map(
+    np.testing.assert_array_equal, before.params, jax.device_get(lora.without_adapters(after.params))
+  )
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(optim.trained(after.params)))
+  for name in ("000000.jsonl", "000001.jsonl"):
+    with tiny.fresh_process():
+      same, count = tiny.program("train_grpo").replay(tmp_path / "run" / "rollouts" / name)
+    assert same == count == 8, name
+  with pytest.raises(ValueError, match=r"adapters of rank and alpha \(2, 4.0\)"):
+    run(config(tmp_path / "run", problems, **{"model.lora_rank": 3}), tmp_path / "more")
 
 
 def test_a_mesh_changes_no_answer(start, problems, letters, whole, tmp_path):
