@@ -10,10 +10,10 @@ Seen on one core each of a 2-core AMD EPYC, 2026-11-22, from one tuned model, he
               sampled                                      greedy
   coupled     seed 0: 26.2 to 38.8, 1: 26.2 to 40.8,       73.5 to 78.0, 78.0, 75.0
               2: 24.5 to 38.2; mean +13.6 +- 0.6           mean +3.5 +- 1.0
-DECOUPLED
-  full_mask   seed 0: 26.2 to 36.0                         73.5 to 75.5
+  decoupled   seed 0: 26.2 to 38.5                         73.5 to 77.5
+  full_mask   seed 0: 26.2 to 36.0, 1: 26.2 to 36.8        73.5 to 75.5, 79.5
 
-The order is the paper's, but one seed each cannot tell the estimators apart.
+The order is the paper's, but so few seeds cannot tell the estimators apart.
 
   :decoupled, :full_mask  the same budget with another estimator
 """

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import process
+from diffucoder_jax.diffusion import autoregressive, process
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
-from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
+from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn, next_logits_fn
 from diffucoder_jax.runtime import sharding
 
 # Canvases are padded to a multiple of this, so that prompts of similar length share one program.
@@ -82,7 +82,8 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
     ckpt: `pretrained.Pretrained`.
     prompts: strings, or lists of token ids, in which mask ids are holes to fill
       (`infill_prompt` makes such lists).
-    sampler: `SamplerConfig`; None: its defaults, or left to right for autoregressive weights.
+    sampler: `SamplerConfig`; None: its defaults, or left to right for autoregressive weights, which
+      keep the keys and values of what is written (`autoregressive`).
     seed: int. Prompt i draws from fold_in(key(seed), i): the same tokens whatever the batch.
     batch_size: prompts sampled together; results do not depend on it.
   Returns:
@@ -146,8 +147,10 @@ def _sample(ckpt, rows, keys, config):
   keys = jnp.concatenate([keys, *[keys[-1:]] * fill])
   canvas_BL, valid_BL = sampler_lib.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
   slots = int(np.max(np.sum((canvas_BL == ckpt.mask_id) & valid_BL, axis=1)))
+  causal = ckpt.config.attention == "causal"
+  run = _run_cached if causal and autoregressive.can_write(config, slots) else _run
   slots += -slots % SLOTS_STEP
-  run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)
+  run = functools.partial(run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)
   if ckpt.mesh is None:
     trace = run(ckpt.params, canvas_BL, valid_BL, keys)
   else:
@@ -163,6 +166,18 @@ def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL
   return sampler_lib.generate(
     logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
     mask_id=mask_id, eos_id=eos_id, slots=slots,
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run_cached(
+  model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B
+):
+  del slots  # as many as new tokens
+  logits_fn = next_logits_fn(Transformer(model_config), params, valid_BL)
+  return autoregressive.generate(
+    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
+    mask_id=mask_id, end_ids=(eos_id,) if eos_id >= 0 else (),
   )  # fmt: skip
 
 

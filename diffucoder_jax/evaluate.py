@@ -57,8 +57,8 @@ def run(
   Args:
     ckpt: `pretrained.Pretrained`; a trainer gives its own params and mesh.
     benchmark: a name of `benchmarks.BENCHMARKS`. output: folder, local to the first host.
-    asked: `Asked`. sampler: `SamplerConfig`; None for its defaults, left to right for autoregressive
-      weights. samples: of each task. seed: int. batch_size: rows sampled together.
+    asked: `Asked`. sampler: `SamplerConfig`; None for `sampler_defaults`. samples: of each task.
+    seed: int. batch_size: rows sampled together.
     checkpoint: what the results call the weights, which are known by their fingerprint.
     data, accept_unknown: as of `benchmarks.open_benchmark`. limits: `Limits` of a test; None for
       `verdicts.LIMITS`. allow_unsafe: judge where programs cannot be isolated; the results say so.
@@ -71,8 +71,7 @@ def run(
   """
   opened = _opened(benchmark, data, accept_unknown, asked := asked or Asked())
   output = pathlib.Path(output)
-  causal = ckpt.config.attention == "causal"
-  sampler = sampler or SamplerConfig(alg="left_to_right" if causal else "entropy")
+  sampler = sampler or SamplerConfig(**sampler_defaults(ckpt))
   if asked.how == "infill":
     sampler = dataclasses.replace(sampler, max_new_tokens=0)
   primer = opened.benchmark.primer if asked.primer is None else asked.primer
@@ -91,6 +90,7 @@ def run(
       "source": "sampled",
       "checkpoint": {"path": str(checkpoint), "fingerprint": pins_lib.fingerprint_of(ckpt.params)},
       "sampler": dataclasses.asdict(sampler),
+      "decoding": sampling.decoding_of(ckpt.config, sampler),
       "seed": seed,
       "prompt": {"system": asked.system, "primer": primer} if asked.how == "chat" else asked.how,
     }
@@ -191,6 +191,14 @@ def costs_of(rows) -> dict:
   seconds = mean("seconds")
   costs = {name: mean(name) for name in ("nfe", "length", "ended", "seconds")}
   return {**costs, "tokens_per_second": costs["length"] / seconds if seconds else 0.0}
+
+
+def sampler_defaults(ckpt) -> dict:
+  """What a `SamplerConfig` has here unless asked otherwise: autoregressive weights write left to right
+  and stop at the end of a text, as they are evaluated elsewhere."""
+  if ckpt.config.attention != "causal":
+    return {}
+  return {"alg": "left_to_right", "stop_at_eos": ckpt.eos_id >= 0}
 
 
 def _opened(name, data, accept_unknown, asked):
@@ -331,8 +339,7 @@ def main(args):
       if sharding.is_main_process():
         print(json.dumps(found, indent=1))
       return
-    causal = {"alg": "left_to_right"} if ckpt.config.attention == "causal" else {}
-    sampler = SamplerConfig(**{**causal, **_given(args, SamplerConfig)})
+    sampler = SamplerConfig(**{**sampler_defaults(ckpt), **_given(args, SamplerConfig)})
     run(
       ckpt, args.benchmark, args.output, asked, sampler, args.samples or 1, args.seed,
       args.batch_size, checkpoint=args.checkpoint, traces=args.traces, **common,

@@ -197,7 +197,8 @@ def test_adapters_alone_are_trained(start, problems, letters, tmp_path):
   """Made for weights that have none, with a reference of their own; saved, resumed and replayed."""
   changes = {"model.lora_rank": 2, "model.lora_alpha": 4.0, "optim.lr": 0.1}
   run(config(start, problems, **changes, **{"optim.steps": 2}), tmp_path / "run")
-  run(config(start, problems, **changes, **{"optim.steps": 3}), tmp_path / "run")
+  more = {"optim.steps": 3, "checkpoint.accept_changes": True}
+  run(config(start, problems, **changes, **more), tmp_path / "run")
   before = pretrained.from_pretrained(start)
   after = pretrained.from_pretrained(tmp_path / "run")
   assert (before.config.lora_rank, after.config.lora_rank) == (0, 2)

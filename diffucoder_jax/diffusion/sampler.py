@@ -109,7 +109,7 @@ def load_trace(path):
   return Trace(**arrays)
 
 
-def _noise(row_keys_B, step, logical_BL):
+def noise_keys(row_keys_B, step, logical_BL):
   """One key per position, from (row key, step, position among the row's real tokens).
 
   Padding and neighbours are not in it, so they cannot change what a row draws.
@@ -125,7 +125,7 @@ def _noise(row_keys_B, step, logical_BL):
 TOKEN, POSITION = 0, 1  # what a number is drawn for
 
 
-def _draw(distribution, keys_BL, purpose):
+def draw(distribution, keys_BL, purpose):
   """One random number for each position, float32 [B, L]."""
   draw = lambda key: distribution(jax.random.fold_in(key, purpose))  # noqa: E731
   return jax.vmap(jax.vmap(draw))(keys_BL)
@@ -189,10 +189,10 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
     inputs = (put(trace.tokens, canvas), valid, *([index_BS] if some else []))
     logits_BSV = logits_fn(*inputs).astype(jnp.float32)
     draws = c.temperature > 0 or c.alg_temp > 0 or c.alg == "origin"
-    keys_BS = _noise(keys, step, logical_BS) if draws else None
+    keys_BS = noise_keys(keys, step, logical_BS) if draws else None
     with jax.named_scope("choose_tokens"):
       filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
-      uniform_BS = _draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
+      uniform_BS = draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
       drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
         logits_BSV, filtered_BSV, mask_id, uniform_BS
       )
@@ -200,12 +200,12 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
       entropy_BS = -remasking.negative_entropy(probs_BSV)
     with jax.named_scope("choose_positions"):
       if c.alg == "origin":  # each position on its own, so the number committed varies
-        u_BS = _draw(jax.random.uniform, keys_BS, POSITION)
+        u_BS = draw(jax.random.uniform, keys_BS, POSITION)
         chance = jnp.where(step == steps - 1, 1.0, ratios_T[step])
         chosen_BS = masked_BS & (u_BS < chance)
       elif c.alg_temp > 0:
         scores_BS = confidence_BS / c.alg_temp
-        gumbel_BS = _draw(jax.random.gumbel, keys_BS, POSITION)
+        gumbel_BS = draw(jax.random.gumbel, keys_BS, POSITION)
         chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, gumbel_BS)
       else:
         chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)

@@ -3,6 +3,9 @@
 A row draws from fold_in(fold_in(key(seed), problem), sample): the same noise whatever the batch, the
 mesh and what was sampled before, so that an evaluation can be killed and go on. Another batch size
 rounds otherwise, which changes a text only where two choices are equal to within rounding.
+
+Autoregressive weights that continue rows left to right do so with a cache (`autoregressive`), which
+writes the same tokens.
 """
 
 import dataclasses
@@ -14,9 +17,9 @@ import jax
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.diffusion import autoregressive, sampler
 from diffucoder_jax.evals import benchmarks, prompts
-from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
+from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn, next_logits_fn
 from diffucoder_jax.runtime import sharding
 
 LENGTH_STEP = 32  # canvases are padded to multiples of this, so that few programs are compiled
@@ -109,12 +112,33 @@ def sample(ckpt, rows, config, seed=0, batch_size=8):
     filled = chosen + chosen[-1:] * (batch_size - len(chosen))
     now = dataclasses.replace(config, steps=steps[chosen[0]])
     began = time.monotonic()
-    trace = _batch(ckpt, [rows[i].ids for i in filled], keys[filled], now, slots)
+    cached = is_cached(ckpt.config, now, max(masks[i] for i in chosen))
+    trace = _batch(ckpt, [rows[i].ids for i in filled], keys[filled], now, slots, cached)
     seconds = (time.monotonic() - began) / len(chosen)
     yield [
       (i, _sampled(ckpt, rows[i].ids, jax.tree.map(lambda x, j=j: x[j : j + 1], trace), seconds))
       for j, i in enumerate(chosen)
     ]
+
+
+def is_cached(model_config, config, masks):
+  """Whether rows of so many masks in all, holes and new tokens, are written with a cache."""
+  return model_config.attention == "causal" and autoregressive.can_write(config, masks)
+
+
+def decoding_of(model_config, config) -> str:
+  """How texts without holes are written, in words: by what network, in which order."""
+  if is_cached(model_config, config, config.max_new_tokens):
+    return "autoregressive network, left_to_right, with a cache"
+  network = "autoregressive" if model_config.attention == "causal" else "diffusion"
+  return f"{network} network, {config.alg}"
+
+
+def stop_ids(ckpt):
+  """The ids at which a text ends, ascending."""
+  tokenizer = ckpt.tokenizer
+  pad = tokenizer.special_ids.get(chat.PAD, -1)
+  return tuple(sorted({ckpt.eos_id, ckpt.pad_id, tokenizer.end_of_turn_id, pad} - {-1}))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,13 +148,16 @@ def _keys(seed, problem_B, sample_B):
   return jax.vmap(one)(problem_B, sample_B)
 
 
-def _batch(ckpt, rows, keys, config, slots):
+def _batch(ckpt, rows, keys, config, slots, cached):
   """Left-pads the rows to one length and samples; gives all rows' `Trace` on every host."""
   length = max(map(len, rows)) + config.max_new_tokens
   length += -length % LENGTH_STEP
   canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
-  eos_id = ckpt.eos_id if ckpt.eos_id >= 0 else ckpt.tokenizer.end_of_turn_id
-  run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, eos_id, min(slots, length))
+  if cached:
+    run = functools.partial(_run_cached, ckpt.config, config, ckpt.mask_id, stop_ids(ckpt))
+  else:
+    eos_id = ckpt.eos_id if ckpt.eos_id >= 0 else ckpt.tokenizer.end_of_turn_id
+    run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, eos_id, min(slots, length))
   arrays = canvas_BL, valid_BL, keys
   if ckpt.mesh is None:
     return jax.device_get(run(ckpt.params, *arrays))
@@ -151,6 +178,15 @@ def _run(model_config, config, mask_id, eos_id, slots, params, canvas_BL, valid_
   )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_cached(model_config, config, mask_id, end_ids, params, canvas_BL, valid_BL, keys_B2):
+  logits_fn = next_logits_fn(Transformer(model_config), params, valid_BL)
+  keys_B = jax.random.wrap_key_data(keys_B2)
+  return autoregressive.generate(
+    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, end_ids=end_ids
+  )
+
+
 def _sampled(ckpt, ids, trace, seconds):
   """The text in the holes of one row."""
   valid_L = trace.valid[0]
@@ -158,9 +194,7 @@ def _sampled(ckpt, ids, trace, seconds):
   tokens_L = trace.tokens[0]
   given_L = np.asarray([*ids, *[ckpt.mask_id] * (len(tokens_L) - len(ids))])
   written = [int(token) for token in tokens_L[given_L == ckpt.mask_id]]
-  tokenizer = ckpt.tokenizer
-  pad = tokenizer.special_ids.get(chat.PAD, -1)
-  stop = {ckpt.eos_id, ckpt.pad_id, tokenizer.end_of_turn_id, pad} - {-1}
+  stop = stop_ids(ckpt)
   length = next((i for i, token in enumerate(written) if token in stop), len(written))
-  text = tokenizer.decode([token for token in written[:length] if token != ckpt.mask_id])
+  text = ckpt.tokenizer.decode([token for token in written[:length] if token != ckpt.mask_id])
   return Sampled(text, length, length < len(written), int(trace.nfe[0]), seconds, trace)

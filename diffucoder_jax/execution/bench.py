@@ -2,13 +2,16 @@
 
 Prints, for a correct answer to a small problem with three tests, judged programs per second of
 processor time (host, fork servers, solvers and judges; the start and the self-test taken off) and
-per second of wall time. Measured with --workers 1 on a 2-core x86-64 VM that others kept busy (load
-6.5), Linux 6.18, Python 3.11, 2026-11-21: 122 per processor second at level full, 126 at no-userns.
+per second of wall time: the median of several measurements, which differ by a tenth, and their range.
+Seen with --workers 1 on a 2-core x86-64 VM, otherwise idle, Linux 6.18, Python 3.11, 2026-11-22: single
+measurements from 94 to 135 per processor second at level full, with medians of 128 in the machine's
+usual phases and of 99 in its slow ones (those of the code before, in turn with it: 110 against 128).
 """
 
 import argparse
 import platform
 import resource
+import statistics
 import time
 
 from diffucoder_jax.execution.sandbox import Job, Sandbox
@@ -49,17 +52,22 @@ def measure(jobs, workers, level):
 def main():
   """Measures and prints one line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--jobs", type=int, default=1000)
+  parser.add_argument("--jobs", type=int, default=500, help="of each measurement")
+  parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--workers", type=int, default=None, help="default: one per core")
   parser.add_argument("--level", default="auto", choices=("auto", "full", "no-userns"))
   args = parser.parse_args()
-  _, idle, _ = measure(0, args.workers, args.level)
-  level, busy, wall = measure(args.jobs, args.workers, args.level)
-  used = busy - idle
+  per_cpu, per_wall = [], []
+  for _ in range(args.repeats):
+    _, idle, _ = measure(0, args.workers, args.level)
+    level, busy, wall = measure(args.jobs, args.workers, args.level)
+    per_cpu.append(args.jobs / (busy - idle))
+    per_wall.append(args.jobs / wall)
   print(
-    f"{args.jobs} programs, 3 tests each, level {level}: {args.jobs / used:.0f} per processor second"
-    f" ({1000 * used / args.jobs:.1f} ms each), {args.jobs / wall:.0f} per second of wall time;"
-    f" {platform.machine()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+    f"{args.repeats} x {args.jobs} programs, 3 tests each, level {level}: "
+    f"{statistics.median(per_cpu):.0f} per processor second ({min(per_cpu):.0f} to "
+    f"{max(per_cpu):.0f}), {statistics.median(per_wall):.0f} per second of wall time; "
+    f"{platform.machine()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
   )
 
 

@@ -296,22 +296,36 @@ def landlock_restrict(ruleset):
 # One process -------------------------------------------------------------------------------------
 
 
-def set_rlimits(memory, files, cpu_seconds, processes):
-  """Hard limits of this process: bytes of address space and of a file, seconds, threads."""
-  for name, value in (
-    (resource.RLIMIT_CORE, 0),
-    (resource.RLIMIT_AS, memory),
-    (resource.RLIMIT_FSIZE, files),
-    (resource.RLIMIT_NOFILE, 64),
-    (resource.RLIMIT_STACK, 64 << 20),
-    (resource.RLIMIT_MEMLOCK, 0),
-    (resource.RLIMIT_MSGQUEUE, 0),
-    (resource.RLIMIT_NPROC, processes),
-    (resource.RLIMIT_CPU, cpu_seconds),
-  ):
+def _limit(values):
+  for name, value in values.items():
     hard = resource.getrlimit(name)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(name, (value, value))
+
+
+def set_common_rlimits():
+  """Hard limits that are the same for all jobs; children inherit them."""
+  _limit(
+    {
+      resource.RLIMIT_CORE: 0,
+      resource.RLIMIT_NOFILE: 64,
+      resource.RLIMIT_STACK: 64 << 20,
+      resource.RLIMIT_MEMLOCK: 0,
+      resource.RLIMIT_MSGQUEUE: 0,
+    }
+  )
+
+
+def set_rlimits(memory, files, cpu_seconds, processes):
+  """Hard limits of this process: bytes of address space and of a file, seconds, threads."""
+  _limit(
+    {
+      resource.RLIMIT_AS: memory,
+      resource.RLIMIT_FSIZE: files,
+      resource.RLIMIT_NPROC: processes,
+      resource.RLIMIT_CPU: cpu_seconds,
+    }
+  )
 
 
 def drop_privileges(kept=0):

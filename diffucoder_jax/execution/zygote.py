@@ -19,10 +19,11 @@ import time
 
 from diffucoder_jax.execution import isolation, judge, seccomp, solver, wire
 
+# What answers and tests import all the time. Each module makes every fork dearer, so those that one
+# answer in a hundred wants (dataclasses, hashlib, statistics, threading, ...) are for it to import.
 PRELOADED = (
-  "abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum"
-  " fractions functools hashlib heapq io itertools json math numbers operator queue random re"
-  " statistics string textwrap threading time traceback types typing"
+  "abc bisect collections contextlib copy datetime decimal enum fractions functools heapq io"
+  " itertools json math operator random re string time types typing"
 ).split()
 UNFINISHED = 3  # exit code of a judge (or solver) that could not come to the end
 TICK = 0.02  # seconds; processor clocks are read at least this often once a test is near its limit
@@ -61,8 +62,7 @@ def main(control_fd):
 
 def preload(config):
   """Imports what answers use, once for all of them."""
-  # random would take a new seed in every child, and threading look for threads that this process
-  # does not have: a tenth of a job's time. Without their hooks every job also starts alike.
+  # random would take a new seed in every child: without its hook every job also starts alike.
   register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
   for name in PRELOADED:
     importlib.import_module(name)
@@ -101,6 +101,8 @@ class Server:
       isolation.adopt_orphans()
     if self.disk:
       self.tmp = isolation.Tmp(self.disk, paths)
+    if "rlimits" not in self.omit:
+      isolation.set_common_rlimits()  # here once, and not in every child
     self.paths = ["/"] if self.jailed else [*paths, *isolation.DEVICES]
     self._rule()
     if self.filtered:

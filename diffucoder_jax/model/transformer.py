@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.model import attention
+from diffucoder_jax.model import attention, kv_cache
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime.optim import ADAPTER
 from diffucoder_jax.runtime.sharding import batch_shards, constrain
@@ -110,12 +110,12 @@ class Heads(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention of one layer."""
+  """Self-attention of one layer; with `cached` places, also their keys and values and its own."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern):
+  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached):
     c = self.config
     q_BLHK = Heads(c, c.num_heads, "heads", name="q")(x_BLD)
     k_BLJK = Heads(c, c.num_kv_heads, "kv_heads", name="k")(x_BLD)
@@ -123,9 +123,13 @@ class Attention(nn.Module):
     q_BLHK = attention.rotate(q_BLHK, cos_BLk, sin_BLk)
     k_BLJK = attention.rotate(k_BLJK, cos_BLk, sin_BLk)
     with jax.named_scope("attend"):
-      o_BLHK = attention.attend(q_BLHK, k_BLJK, v_BLJK, segment_ids_BL, pattern, c.attention_impl)
+      if seen_BLX is None:
+        o_BLHK = attention.attend(q_BLHK, k_BLJK, v_BLJK, segment_ids_BL, pattern, c.attention_impl)
+      else:
+        o_BLHK = kv_cache.attend(q_BLHK, k_BLJK, v_BLJK, *cached, seen_BLX)
     shape = (c.num_heads, c.head_dim, c.embed_dim)
-    return _projected(self, "o", o_BLHK, shape, ("heads", None, "embed"), contracted=2)
+    o_BLD = _projected(self, "o", o_BLHK, shape, ("heads", None, "embed"), contracted=2)
+    return o_BLD, None if cached is None else (k_BLJK, v_BLJK)
 
 
 class Mlp(nn.Module):
@@ -149,16 +153,17 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern):
+  def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached):
     c = self.config
     h_BLD = RMSNorm(c, name="attn_norm")(x_BLD)
-    x_BLD += Attention(c, name="attn")(h_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern)
-    x_BLD = constrain(x_BLD, "batch", None, None)
+    inputs = h_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached
+    o_BLD, fresh = Attention(c, name="attn")(*inputs)
+    x_BLD = constrain(x_BLD + o_BLD, "batch", None, None)
     with jax.named_scope("mlp"):
       x_BLD += Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BLD))
     x_BLD = constrain(x_BLD, "batch", None, None)
     self.sow("intermediates", "residual_BLD", x_BLD)
-    return x_BLD, None
+    return x_BLD, fresh
 
 
 class Transformer(nn.Module):
@@ -172,7 +177,9 @@ class Transformer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BL, segment_ids_BL=None, positions_BL=None, pattern=None):
+  def __call__(
+    self, tokens_BL, segment_ids_BL=None, positions_BL=None, pattern=None, cache=None, index_BL=None
+  ):
     """Runs the network.
 
     Args:
@@ -180,8 +187,13 @@ class Transformer(nn.Module):
       segment_ids_BL: int32, packed documents 1.., padding 0; None: all one document.
       positions_BL: int32 rotary positions; None: 0..L-1.
       pattern: `attention.Pattern`; None: the one the weights are trained for.
+      cache: `kv_cache.Cache` of other places of the rows, which the tokens see as well; one of no
+        places for the first tokens of rows. Needs `segment_ids_BL` and `positions_BL`.
+      index_BL: int32, the tokens' places in the rows; needed with a cache that has places.
     Returns:
-      features_BLD in the compute dtype, after the final norm.
+      features_BLD in the compute dtype, after the final norm; with a cache, instead, the pair of
+      hidden states_BLD, which are *not* aligned (state i is what predicts the token after i: that of
+      the token before the first is the caller's), and the tokens' own keys and values, a `Cache`.
     """
     c = self.config
     pattern = attention.PATTERNS[c.attention] if pattern is None else pattern
@@ -194,6 +206,10 @@ class Transformer(nn.Module):
       x_BLD = self._lookup(embed_VD, tokens_BL)
     self.sow("intermediates", "embedding_BLD", x_BLD)
     cos_BLk, sin_BLk = attention.rotary(positions_BL, c.head_dim, c.rope_theta)
+    cached = None if cache is None else (cache.keys, cache.values)
+    seen_BLX = None
+    if cache is not None and cache.segment_ids.shape[1]:
+      seen_BLX = kv_cache.seen(cache, pattern, segment_ids_BL, index_BL)
 
     block = Block
     if c.remat not in REMAT:
@@ -204,14 +220,18 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(nn.broadcast,) * 5 + (0,),
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     # Positional arguments only: nn.scan drops keyword arguments.
-    x_BLD, _ = layers(c, name="layers")(x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern)
+    x_BLD, fresh = layers(c, name="layers")(
+      x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached
+    )
     x_BLD = RMSNorm(c, name="final_norm")(x_BLD)
     self.sow("intermediates", "hidden_BLD", x_BLD)
+    if cache is not None:
+      return x_BLD, kv_cache.Cache(*fresh, segment_ids_BL)
     return align_with_targets(x_BLD, segment_ids_BL)
 
   def _lookup(self, embed_VD, tokens_BL):
@@ -269,10 +289,45 @@ def canvas_logits_fn(model, params):
 
   def logits_fn(canvas_BL, valid_BL, index_BS=None):
     segment_ids_BL = valid_BL.astype(jnp.int32)
-    features_BLD = model.apply({"params": params}, canvas_BL, segment_ids_BL, positions_of(valid_BL))
+    features_BLD = model.apply(
+      {"params": params}, canvas_BL, segment_ids_BL, positions_of(valid_BL)
+    )
     if index_BS is not None:  # those that are still to be written
       features_BLD = jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
     return unembed(params, features_BLD)
+
+  return logits_fn
+
+
+def next_logits_fn(model, params, valid_BL):
+  """The function that `diffusion.autoregressive.generate` wants: what follows some tokens of rows.
+
+  Args:
+    model, params: of a network with causal attention.
+    valid_BL: bool, the real places of the whole rows.
+  Returns:
+    (tokens_BS int32, start, cache) -> (float32 [B, V], cache): the logits of place `start` + S, given
+    the tokens of the S places before it and a cache of those before these (None: there are none).
+  """
+  if model.config.attention != "causal":  # what was computed for a token would change with the next
+    raise ValueError(
+      f"model.attention is {model.config.attention!r}; only causal networks can be read token by token"
+    )
+  segment_ids_BL, positions_BL = valid_BL.astype(jnp.int32), positions_of(valid_BL)
+  batch, length = valid_BL.shape
+
+  def logits_fn(tokens_BS, start, cache):
+    first = cache is None
+    index_BS = jnp.broadcast_to(start + jnp.arange(tokens_BS.shape[1])[None, :], tokens_BS.shape)
+    segment_ids_BS, positions_BS = (
+      jnp.take_along_axis(x_BL, index_BS, axis=1) for x_BL in (segment_ids_BL, positions_BL)
+    )
+    hidden_BSD, fresh = model.apply(
+      {"params": params}, tokens_BS, segment_ids_BS, positions_BS, None,
+      kv_cache.nothing(model.config, batch) if first else cache, index_BS,
+    )  # fmt: skip
+    cache = kv_cache.extend(fresh, length) if first else kv_cache.write(cache, fresh, start)
+    return unembed(params, hidden_BSD[:, -1]), cache
 
   return logits_fn
 

@@ -167,8 +167,7 @@ def test_what_cannot_be_shown_is_named(tmp_path):
 
 def save(path, trace):
   path.parent.mkdir(exist_ok=True)
-  fields = sampler.Trace.__dataclass_fields__
-  sampler.save_trace(path, sampler.Trace(**{name: getattr(trace, name) for name in fields}))
+  sampler.save_trace(path, sampler.Trace(**vars(trace)))
   return path
 
 
