@@ -4,6 +4,8 @@ The strategies are Dream's; reference.md section 3 is matched exactly where Drea
 is float32 whatever the network's dtype (Dream's own runs it in the logits' dtype).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,26 @@ def _nucleus_edge(probs_BLV, top_p):
   by bisection over the bits of a non-negative float, which are ordered like its value: 31 sums
   instead of a sort, which takes 10 times as long on CPU and is worse on TPU.
   """
+  return jax.lax.platform_dependent(
+    probs_BLV,
+    cpu=functools.partial(_edge_by_position, top_p=top_p),
+    default=functools.partial(_edge_at_once, top_p=top_p),
+  )
 
+
+def _edge_by_position(probs_BLV, top_p):
+  """`_edge_at_once`, a position of all rows at a time: that much stays in a CPU's caches through the
+  31 sums, which makes them four times as fast."""
+
+  def one(i, edge_BL):
+    probs_B1V = jax.lax.dynamic_slice_in_dim(probs_BLV, i, 1, axis=1)
+    edge_B1 = _edge_at_once(probs_B1V, top_p)
+    return jax.lax.dynamic_update_slice_in_dim(edge_BL, edge_B1, i, axis=1)
+
+  return jax.lax.fori_loop(0, probs_BLV.shape[1], one, jnp.zeros_like(probs_BLV[..., 0]))
+
+
+def _edge_at_once(probs_BLV, top_p):
   def halve(_, bounds):
     low_BL, high_BL = bounds  # the edge lies in (low, high]
     middle_BL = low_BL + (high_BL - low_BL) // 2
@@ -96,10 +117,15 @@ def draw_tokens(logits_BLV, filtered_BLV, mask_id, uniform_BL=None):
     drawn_BL = jnp.argmax(probs_BLV, axis=-1)
   else:
     drawn_BL = _inverse_cdf(probs_BLV, uniform_BL)
-  is_mask_11V = (jnp.arange(logits_BLV.shape[-1]) == mask_id)[None, None, :]
-  other_BL = jnp.argmax(jnp.where(is_mask_11V, -jnp.inf, logits_BLV), axis=-1)
-  tokens_BL = jnp.where(drawn_BL == mask_id, other_BL, drawn_BL)
-  return drawn_BL.astype(jnp.int32), tokens_BL.astype(jnp.int32), probs_BLV
+  drawn_BL = drawn_BL.astype(jnp.int32)
+
+  def best_other():
+    is_mask_11V = (jnp.arange(logits_BLV.shape[-1]) == mask_id)[None, None, :]
+    return jnp.argmax(jnp.where(is_mask_11V, -jnp.inf, logits_BLV), axis=-1).astype(jnp.int32)
+
+  # Hardly ever wanted, and one more pass over all logits.
+  other_BL = jax.lax.cond(jnp.any(drawn_BL == mask_id), best_other, lambda: drawn_BL)
+  return drawn_BL, jnp.where(drawn_BL == mask_id, other_BL, drawn_BL), probs_BLV
 
 
 def negative_entropy(probs_BLV):
