@@ -84,7 +84,7 @@ done
 step "12/14 in which order it decodes, at four temperatures"
 python -m diffucoder_jax.analyze --checkpoint "$WORKDIR/grpo" --chat --system '' \
   --prompts "$WORKDIR/questions.jsonl" --limit 12 --temperatures 0.2 0.6 1.0 1.2 --seeds 3 \
-  --max_new_tokens 48 --batch_size 12 --output "$WORKDIR/analysis"
+  --max_new_tokens 48 --top_p 1 --batch_size 12 --output "$WORKDIR/analysis"
 
 step "13/14 the report"
 python -m diffucoder_jax.evals.report --workdir "$WORKDIR" --title "Quickstart" \
