@@ -2,7 +2,7 @@
 # The whole story in small, on a laptop: a tokenizer, an autoregressive model of Python, its
 # adaptation to masked diffusion, mid-training, instruction tuning, coupled-GRPO, scores of each stage, the
 # order of decoding, and a report to open in a browser.
-#   bash launch/quickstart.sh [WORKDIR]          about 16 minutes on 2 cores after installation
+#   bash launch/quickstart.sh [WORKDIR]          about 18 minutes on 2 cores after installation
 # Every step is a program that a pod would run with another config. Started again with the same
 # WORKDIR, it goes on where it stopped.
 set -euo pipefail
@@ -14,7 +14,7 @@ WORKDIR=${1:-$PWD/workdir_quickstart}
 AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
 ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
 MID_STEPS=${MID_STEPS:-60}         # on cleaned functions
-SFT_STEPS=${SFT_STEPS:-1100}       # on small programming problems
+SFT_STEPS=${SFT_STEPS:-1400}       # on small programming problems
 RL_STEPS=${RL_STEPS:-24}           # on the rewards of running its answers to more of them
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
