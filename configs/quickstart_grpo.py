@@ -13,8 +13,9 @@ Seen on one core each of a 2-core AMD EPYC, 2026-11-22, from one tuned model, he
   decoupled   seed 0: 26.2 to 38.5                         73.5 to 77.5
   full_mask   seed 0: 26.2 to 36.0, 1: 26.2 to 36.8        73.5 to 75.5, 79.5
 
-On both cores 5 min 50 s each. From the quickstart's own model (another Python, so another tokenizer), seed 0:
-37.0 to 53.0 sampled, 76.5 to 75.5 greedily. The order is the paper's, but so few seeds cannot tell the estimators apart.
+On both cores 5 min 50 s each. From the quickstart's own model (another Python, so another tokenizer),
+seed 0: 37.0 to 53.0 sampled, 76.5 to 75.5 greedily. The order is the paper's, but so few seeds cannot
+tell the estimators apart.
 
   :decoupled, :full_mask  the same budget with another estimator
 """

@@ -4,9 +4,9 @@ python -m diffucoder_jax.prepare problems --config=configs/quickstart_sft.py --o
 python -m diffucoder_jax.train --config=configs/quickstart_sft.py --workdir=W/sft \
   --config.tokenizer=W/tokenizer.model --config.data.path=W/problems/train.jsonl
 
-Seen on 2 CPU cores (AMD EPYC, 2026-11-22): about 4 min; 76.5 % of 200 held-out problems solved, greedily and in
-12 steps. After 1,100 steps 48 % were, with this tokenizer, and 73.5 % with another Python's: how soon
-copying a number is learnt varies.
+Seen on 2 CPU cores (AMD EPYC, 2026-11-22): about 4 min; 76.5 % of 200 held-out problems solved, greedily
+and in 12 steps. After 1,100 steps 48 % were, with this tokenizer, and 73.5 % with another Python's: how
+soon copying a number is learnt varies.
 
 From fresh weights, unlike the paper's, which go on from stage 2 (--config.init_from=W/mid): a network
 this small learns the words of a problem sooner when it knows Python's, but to copy a number out of
