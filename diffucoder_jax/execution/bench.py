@@ -3,9 +3,9 @@
 Prints, for a correct answer to a small problem with three tests, judged programs per second of
 processor time (host, fork servers, solvers and judges; the start and the self-test taken off) and
 per second of wall time: the median of several measurements, which differ by a tenth, and their range.
-Seen with --workers 1 on a 2-core x86-64 VM, otherwise idle, Linux 6.18, Python 3.11, 2026-11-22: single
-measurements from 94 to 135 per processor second at level full, with medians of 128 in the machine's
-usual phases and of 99 in its slow ones (those of the code before, in turn with it: 110 against 128).
+Seen with --workers 1 on a 2-core x86-64 VM, otherwise idle, Linux 6.18, Python 3.11, 2026-11-22: medians
+of 128 per processor second at level full in the machine's quick phases and of 95 in its slow ones; a
+plain prototype of the same walls, in turn with it in a slow phase, 70 against 89.
 """
 
 import argparse
