@@ -61,6 +61,8 @@ def _edge_by_position(probs_BLV, top_p):
 
 
 def _edge_at_once(probs_BLV, top_p):
+  """The bisection of `_nucleus_edge`, of all positions together."""
+
   def halve(_, bounds):
     low_BL, high_BL = bounds  # the edge lies in (low, high]
     middle_BL = low_BL + (high_BL - low_BL) // 2

@@ -127,8 +127,8 @@ TOKEN, POSITION = 0, 1  # what a number is drawn for
 
 def draw(distribution, keys_BL, purpose):
   """One random number for each position, float32 [B, L]."""
-  draw = lambda key: distribution(jax.random.fold_in(key, purpose))  # noqa: E731
-  return jax.vmap(jax.vmap(draw))(keys_BL)
+  one = lambda key: distribution(jax.random.fold_in(key, purpose))  # noqa: E731
+  return jax.vmap(jax.vmap(one))(keys_BL)
 
 
 def _finished(canvas_BL, generated_BL, mask_id, eos_id, stop_at_eos):

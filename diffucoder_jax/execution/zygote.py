@@ -62,9 +62,10 @@ def main(control_fd):
 
 def preload(config):
   """Imports what answers use, once for all of them."""
-  # random would take a new seed in every child: without its hook every job also starts alike.
+  # random would take a new seed in every child, and threading, which packages import, look for threads
+  # that this process does not have. Without their hooks every job also starts alike.
   register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
-  for name in PRELOADED:
+  for name in [*PRELOADED, *(["threading"] if config["packages"] else [])]:
     importlib.import_module(name)
   os.register_at_fork = register
   sys.modules["random"].seed(0)

@@ -186,7 +186,7 @@ def write_record(cell, folder, failed=""):
   """Says in a cell's folder which cell it is, and why its last run failed if it did."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  workdir._write_text(
+  workdir.write_text(
     folder / RECORD, json.dumps({**cell._asdict(), "failed": failed}, indent=1) + "\n"
   )
 
@@ -281,5 +281,5 @@ def write_table(output, title, rows, notes=()):
   output = epath.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   text = f"# {title}\n\n{markdown(table(rows))}" + "".join(f"\n{note}\n" for note in notes)
-  workdir._write_text(output / "table.md", text)
-  workdir._write_text(output / "cells.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+  workdir.write_text(output / "table.md", text)
+  workdir.write_text(output / "cells.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

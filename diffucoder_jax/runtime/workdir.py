@@ -22,7 +22,7 @@ def crc(value):
   return zlib.crc32(canonical(value).encode())
 
 
-def _write_text(path, text):
+def write_text(path, text):
   """Writes a file so that a reader sees all of it or nothing."""
   part = path.parent / (path.name + ".part")
   part.write_text(text)
@@ -108,4 +108,4 @@ def claim_workdir(workdir, config):
     changes = check_config(saved, config, f"the run in {workdir}")
   if jax.process_index() == 0 and changes != []:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(json.loads(canonical(config)), indent=2) + "\n")
+    write_text(path, json.dumps(json.loads(canonical(config)), indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Filters, confidences and schedules against closed forms; Dream's own are in the golden tests."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,3 +108,17 @@ def test_rounding_at_the_end_of_the_interval_draws_no_impossible_token():
   logits_1LV = jnp.asarray(logits_LV)[None]
   drawn_1L = remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0]
   assert int(drawn_1L.max()) < 120
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_the_nucleus_is_the_same_a_position_at_a_time(top_p):
+  """What CPUs do, and what others do, which nothing else here runs."""
+  probs = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (3, 5, 257)), axis=-1)
+  probs = probs.at[0, 0].set(1 / 257).at[1, 1].set(jax.nn.one_hot(7, 257))  # all tied; one alone
+  found, wanted = (
+    np.asarray(edge(probs, top_p)) for edge in (remasking._edge_by_position, remasking._edge_at_once)
+  )
+  np.testing.assert_array_equal(found, wanted)
+  kept = np.where(np.asarray(probs) >= wanted[..., None], probs, 0.0)
+  above = np.where(np.asarray(probs) > wanted[..., None], probs, 0.0)
+  assert (kept.sum(-1) > top_p - 1e-6).all() and (above.sum(-1) <= top_p + 1e-6).all()
