@@ -16,7 +16,7 @@ from tests.hf import folders
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 
 def check(folder, *flags):
@@ -80,7 +80,6 @@ def test_dreams_own_code_is_pointed_at(tmp_path):
     program.convert(tmp_path / "plain", tmp_path / "no", to="hf", remote_code="dream")
 
 
-@pytest.mark.slow
 def test_real_weights(folder_of, tmp_path):
   """Qwen2.5-Coder-0.5B through Orbax: by transformers' own class, and by ours in Dream's layout."""
   real = folder_of("qwen2.5-coder-0.5b")
