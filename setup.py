@@ -35,7 +35,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
     "report": ["matplotlib>=3.9"],
-    "evalplus": ["evalplus>=0.3.1"],  # for tests/test_evalplus.py; brings half a gigabyte
+    "evalplus": ["evalplus>=0.3.1"],  # in a venv of its own: launch/evalplus.sh
     "parquet": ["pyarrow"],
     "prepare": ["pyarrow", "rensa>=0.5"],
     "gcs": ["gcsfs"],

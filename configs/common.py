@@ -41,6 +41,7 @@ def base(model, **model_changes):
     on_undecodable="error",  # or "skip", which counts and names them
     seq_len=256,
     global_batch=32,
+    fill_batch=False,  # fills a batch that the mesh does not divide up with empty rows
     mixture=config_dict.create(),  # name=config_dict.create(path=DIR of `prepare dataset`, share=...)
     # Of conversations only:
     schema="",  # opencoder, leetcode, messages, ...; see diffucoder_jax/data/instructions.py

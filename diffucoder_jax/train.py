@@ -238,8 +238,9 @@ def main(config, workdir):
   tokenizer = open_tokenizer(config)
   check_tokenizer(tokenizer, model.config, objective)
   corpus = corpora.open_corpus(config.data, tokenizer, config.seed)
+  placed_rows = pipeline.placed_rows(config.data, sharding.batch_shards(mesh))
   batches = pipeline.train_batches(
-    corpus.train, config.data, config.seed, sharding.batch_shard(mesh)
+    corpus.train, config.data, config.seed, sharding.batch_shard(mesh), placed_rows
   )
 
   # State, by precedence: 1. this workdir's checkpoint  2. config.init_from  3. fresh.
@@ -268,7 +269,8 @@ def main(config, workdir):
   eval_sets, unigram = {}, {}
   if config.eval.every:
     eval_sets = held_out.load_sets(
-      pipeline.parts(corpus.held_out), config.eval, config.data.global_batch, token_bytes_V, mesh
+      pipeline.parts(corpus.held_out), config.eval, config.data.global_batch, token_bytes_V, mesh,
+      placed_rows,
     )
     if hasattr(corpus.train, "scored_counts"):
       unigram["eval/unigram_bits_per_byte"] = pipeline.unigram_bits_per_byte(

@@ -1,10 +1,10 @@
 """The official evalplus gives every sample the verdict that we give it, or we say why not.
 
 The package runs as its users run it, in a process of its own, its data overridden by the local files
-(`pip install evalplus`; it isolates nothing, so the hostile samples here are harmless). About 2,300
+(`launch/evalplus.sh` installs it; it isolates nothing, so the hostile samples here are harmless). About 2,300
 samples: every task's own solution, that solution with one operation changed, and for some tasks
 answers that are wrong, slow, that crash or that forge their verdict. Each set is cut into parts, so
-that one can be run by itself; a part takes about two minutes on 2 idle cores.
+that one can be run by itself; a part takes about a minute on 2 idle cores.
 """
 
 import ast
@@ -95,6 +95,9 @@ EXPLAINED = {
 # next input (`continue`) without noting that this one passed, finds fewer notes than inputs, and fails
 # the answer. No answer passes there, the published reference included.
 NEVER_PASSES = "HumanEval/32"
+# Returns 1.1 GB, and the process holds what is expected as well: more than the 4 GiB of address space
+# that evalplus grants (with EVALPLUS_MAX_MEMORY_BYTES=12000000000 the reference passes there too).
+TOO_LARGE = "Mbpp/255"
 # References that need seconds, for which 60 s of wall time, the official limit of all inputs together,
 # may be too little on a loaded machine. They may time out there, and nothing else may.
 HEAVY = {
@@ -220,6 +223,8 @@ def why(task_id, kind, official, ours):
     return EXPLAINED[kind][2]
   if task_id == NEVER_PASSES and official[0] == "fail" and ours.base == "pass":
     return "evalplus passes no answer to this task"
+  if task_id == TOO_LARGE and official == ("pass", "fail") and ours.solved:
+    return "its result does not fit into the official limit of memory"
   if task_id in HEAVY and "timeout" in official and ours.solved:
     return "more than 60 s of wall time there"
   return ""
@@ -229,7 +234,7 @@ def why(task_id, kind, official, ours):
 @pytest.mark.parametrize("name", SETS)
 def test_verdicts_are_the_official_ones(name, part, open_set, judged, tmp_path):
   if importlib.util.find_spec("evalplus") is None:
-    pytest.skip("evalplus is not installed: pip install evalplus")
+    pytest.skip("evalplus is not installed: run launch/evalplus.sh")
   opened = open_set(name)
   tasks = [p.task_id for p in opened.problems][part::PARTS]
   samples = [sample for sample in samples_of(opened.problems) if sample[0] in tasks]

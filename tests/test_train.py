@@ -119,6 +119,20 @@ def test_accumulation_changes_nothing(finished, home, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_that_fill_up_a_batch_change_nothing(home, tmp_path):
+  """6 rows on 4 batch shards: the losses and scores are those of 6 rows on one device."""
+  changes = {"data.global_batch": 6, "optim.steps": 3, "eval.every": 3, "checkpoint.every": 3,
+             "data.fill_batch": True, "objective.normaliser": "batch"}  # fmt: skip
+  for devices in (1, 4):
+    tiny.run_training(tiny.config(home, None, changes), tmp_path / f"{devices}", devices)
+  alone, filled = (tiny.losses(tmp_path / f"{devices}") for devices in (1, 4))
+  assert len(alone) == 3
+  assert filled == pytest.approx(alone, rel=1e-5)
+  scores = [tiny.last_row(tmp_path / f"{devices}")["eval/bits_per_byte"] for devices in (1, 4)]
+  assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "arg, metric", [pytest.param("ar", "loss", marks=pytest.mark.slow), ("adapt", "masked_nll")]
 )

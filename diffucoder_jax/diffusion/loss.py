@@ -243,15 +243,16 @@ def _per_sequence(maskable_BL):
   return 1.0 / jnp.maximum(length_B1, 1.0), jnp.sum(length_B1 > 0).astype(jnp.float32)
 
 
-# Every function: (masked_BL, maskable_BL) -> (factor per row [B, 1], weight).
+# Every function: (masked_BL, maskable_BL, segment_ids_BL) -> (factor per row [B, 1], weight).
 # Paper versus code: the paper does not say. DiffuLLaMA, which it follows, divides by the *masked*
 # tokens, which is not the NELBO (few masked tokens count as much as many); "maskable" is the NELBO
 # per token. Both are here; configs choose and say so.
 NORMALISERS = {
-  "masked": lambda masked_BL, maskable_BL: _per_token(masked_BL),
-  "maskable": lambda masked_BL, maskable_BL: _per_token(maskable_BL),
-  "sequence": lambda masked_BL, maskable_BL: _per_sequence(maskable_BL),
-  "batch": lambda masked_BL, maskable_BL: _per_token(jnp.ones_like(masked_BL[:, 0])[:, None]),
+  "masked": lambda masked_BL, maskable_BL, _: _per_token(masked_BL),
+  "maskable": lambda masked_BL, maskable_BL, _: _per_token(maskable_BL),
+  "sequence": lambda masked_BL, maskable_BL, _: _per_sequence(maskable_BL),
+  # Not the rows that `data.fill_batch` adds, in which there is nothing.
+  "batch": lambda *arrays: _per_token(jnp.any(arrays[2] > 0, axis=1, keepdims=True)),
 }
 
 
@@ -265,7 +266,7 @@ def diffusion_weights(noised, maskable_BL, segment_ids_BL, weight="1/t", normali
   for name, table in ((weight, WEIGHTS), (normaliser, NORMALISERS)):
     if name not in table:
       raise ValueError(f"unknown loss weight or normaliser {name!r}; choose one of {sorted(table)}")
-  factor_B1, total = NORMALISERS[normaliser](noised.masked, maskable_BL)
+  factor_B1, total = NORMALISERS[normaliser](noised.masked, maskable_BL, segment_ids_BL)
   weights_BL = WEIGHTS[weight](noised, segment_ids_BL) * factor_B1
   return jnp.where(noised.masked, weights_BL, 0.0), total
 

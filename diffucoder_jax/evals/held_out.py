@@ -38,24 +38,26 @@ def make_nats_fn(model, autoregressive, mask_id, draws, mesh):
   )
 
 
-def load_sets(parts, eval_config, global_batch, token_bytes_V, mesh):
+def load_sets(parts, eval_config, global_batch, token_bytes_V, mesh, placed=None):
   """The fixed held-out batches on the device, each with its rows' scored bytes on the host.
 
   Args:
     parts: {source: rows}.
     eval_config: `rows` is read: how many of each source.
-    global_batch: rows in a batch.
+    global_batch: rows in a batch. placed: those on the devices, `pipeline.placed_rows`.
     token_bytes_V: UTF-8 bytes of each token.
     mesh: where the batches go.
   Returns:
     {source: [(device batch, bytes of each row of the global batch)]}.
   """
-  return {name: _load_set(rows, eval_config.rows, global_batch, token_bytes_V, mesh)
+  return {name: _load_set(rows, eval_config.rows, global_batch, token_bytes_V, mesh, placed)
           for name, rows in parts.items()}  # fmt: skip
 
 
-def _load_set(rows, count_rows, global_batch, token_bytes_V, mesh):
-  take = functools.partial(pipeline.held_out_batches, rows, count_rows, global_batch)
+def _load_set(rows, count_rows, global_batch, token_bytes_V, mesh, placed):
+  take = functools.partial(
+    pipeline.held_out_batches, rows, count_rows, global_batch, placed=placed
+  )
   # Every process counts the bytes of all rows; only the tokens are cut by process.
   num_bytes = [
     np.sum(np.where(batch["maskable"], token_bytes_V[batch["tokens"]], 0), axis=1)

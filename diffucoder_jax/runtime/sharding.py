@@ -204,7 +204,8 @@ def put_batch(batch, mesh):
     if rows % shards:
       raise ValueError(
         f"a global batch of {rows} rows cannot be divided over {shards} devices "
-        f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); make it a multiple"
+        f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); make it a multiple, or set "
+        "data.fill_batch in training"
       )
     return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
 

@@ -62,5 +62,5 @@ def data_config(tmp_path):
   return ConfigDict({
     "source": "folder", "path": str(tmp_path / "corpus"), "pattern": "**/*.py",
     "text_key": "content", "held_out": 0.25, "on_undecodable": "error", "seq_len": 16,
-    "global_batch": 8, "unit": "file",
+    "global_batch": 8, "fill_batch": False, "unit": "file",
   })

@@ -135,6 +135,28 @@ def test_batches_do_not_depend_on_the_number_of_processes(corpus, corpus_config,
     assert_equal(batch, {key: np.concatenate([part[step][key] for part in parts]) for key in batch})
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(corpus, corpus_config, count, caplog):
+  """8 rows for 6 batch shards: 4 of padding at the end, whoever reads them; the rows stay the same."""
+  whole = take(pipeline.train_batches(corpus.train, corpus_config, seed=3), 5)
+  assert pipeline.placed_rows(corpus_config, 6) == 8  # only where it is asked for
+  corpus_config.fill_batch = True
+  placed = pipeline.placed_rows(corpus_config, 6)
+  assert placed == 12 and "4 empty rows fill up 8 to 12" in caplog.text
+  assert pipeline.placed_rows(corpus_config, 4) == 8
+  iterators = [pipeline.train_batches(corpus.train, corpus_config, 3, (i, count), placed)
+               for i in range(count)]  # fmt: skip
+  take(iterators[-1], 4)
+  iterators[-1].set_state({"next_index": 0})
+  for batch in whole:
+    blocks = [next(iterator) for iterator in iterators]
+    assert {len(block["tokens"]) for block in blocks} == {12 // count}
+    filled = {key: np.concatenate([block[key] for block in blocks]) for key in batch}
+    assert_equal({key: x[:8] for key, x in filled.items()}, batch)
+    assert not filled["segment_ids"][8:].any() and not filled["maskable"][8:].any()
+    assert (filled["tokens"][8:] == corpus.train.pad_id).all()
+
+
 def test_each_epoch_shows_every_row_once_in_a_new_order(corpus, corpus_config):
   rows = len(corpus.train)
   assert rows % 8  # epochs end inside a batch
