@@ -1,10 +1,10 @@
 """The official evalplus gives every sample the verdict that we give it, or we say why not.
 
 The package runs as its users run it, in a process of its own, its data overridden by the local files
-(`launch/evalplus.sh` installs it; it isolates nothing, so the hostile samples here are harmless). About 2,300
-samples: every task's own solution, that solution with one operation changed, and for some tasks
-answers that are wrong, slow, that crash or that forge their verdict. Each set is cut into parts, so
-that one can be run by itself; a part takes about a minute on 2 idle cores.
+(`launch/evalplus.sh` installs it; it isolates nothing, so the hostile samples here are harmless).
+About 2,300 samples: every task's own solution, that solution with one operation changed, and for some
+tasks answers that are wrong, slow, that crash or that forge their verdict. Each set is cut into parts,
+so that one can be run by itself; a part takes about a minute on 2 idle cores.
 """
 
 import ast
