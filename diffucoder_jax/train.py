@@ -131,6 +131,15 @@ def train_step(model, tx, objective, mask_id, accumulate, state, batch, key):
   return optim.apply_gradients(state, grads, tx), metrics_
 
 
+def make_step_fn(model, tx, objective, mask_id, accumulate, abstract, mesh):
+  """`train_step` compiled for a state like `abstract`, which it takes over and gives back in place."""
+  return jax.jit(
+    functools.partial(train_step, model, tx, objective, mask_id, accumulate),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), sharding.replicated(mesh)),
+  )
+
+
 # ---------------------------------------------------------------------------------------------
 # The program
 
@@ -281,13 +290,9 @@ def main(config, workdir):
   nats_fn = held_out.make_nats_fn(model, autoregressive, tokenizer.mask_id, draws, mesh)
 
   # Loop: metrics stay on the device and are read one step late, so that it never waits for us.
-  step_fn = jax.jit(
-    functools.partial(
-      train_step, model, tx, objective, tokenizer.mask_id, config.optim.accumulate
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), sharding.replicated(mesh)),
-  )  # fmt: skip
+  step_fn = make_step_fn(
+    model, tx, objective, tokenizer.mask_id, config.optim.accumulate, abstract, mesh
+  )
   tokens_per_step = config.data.global_batch * config.data.seq_len
   flops_per_step = train_flops_per_token(model.config, config.data.seq_len) * tokens_per_step
   writer = metrics.Writer(workdir, start + 1, config.log)

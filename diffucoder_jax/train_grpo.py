@@ -88,6 +88,18 @@ def update(model, tx, objective_config, estimator, mask_id, new, accumulate, sta
   return state, {**report, **extra}
 
 
+def make_update_fn(rounds, tx, accumulate, abstract, mesh):
+  """`update` compiled for a state like `abstract`, which it takes over and gives back in place."""
+  return jax.jit(
+    functools.partial(
+      update, rounds.model, tx, rounds.objective, rounds.estimator, rounds.ckpt.mask_id,
+      rounds.sampler.max_new_tokens, accumulate,
+    ),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), sharding.replicated(mesh)),
+  )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------
 # The program
 
@@ -188,14 +200,7 @@ def main(config, workdir):
   checkpoint.catch_sigterm()
 
   # Loop: a step of the optimiser each; a new round whenever the last one is used up.
-  update_fn = jax.jit(
-    functools.partial(
-      update, rounds.model, tx, rounds.objective, rounds.estimator, ckpt.mask_id,
-      rounds.sampler.max_new_tokens, config.optim.accumulate,
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), sharding.replicated(mesh)),
-  )  # fmt: skip
+  update_fn = make_update_fn(rounds, tx, config.optim.accumulate, abstract, mesh)
   move_ref = jax.jit(functools.partial(objective.ref_update, alpha=rounds.grpo.ref_alpha))
   rates = jax.device_get(jax.vmap(learning_rate)(np.arange(config.optim.steps)))
   writer = metrics.Writer(workdir, start + 1 if start else 0, config.log)
