@@ -290,8 +290,10 @@ def main(config, workdir):
   nats_fn = held_out.make_nats_fn(model, autoregressive, tokenizer.mask_id, draws, mesh)
 
   # Loop: metrics stay on the device and are read one step late, so that it never waits for us.
-  step_fn = make_step_fn(
-    model, tx, objective, tokenizer.mask_id, config.optim.accumulate, abstract, mesh
+  step_fn, opened_fn = (
+    make_step_fn(model, tx, o, tokenizer.mask_id, config.optim.accumulate, abstract, mesh)
+    # Once attention is open the random draw decides nothing, and kernels that cannot make it will do.
+    for o in (objective, dataclasses.replace(objective, anneal_steps=0))
   )
   tokens_per_step = config.data.global_batch * config.data.seq_len
   flops_per_step = train_flops_per_token(model.config, config.data.seq_len) * tokens_per_step
@@ -318,7 +320,8 @@ def main(config, workdir):
 
   with manager, writer:  # which wait for a save in flight, however the loop ends
     for step in range(start + 1, config.optim.steps + 1):
-      state, on_device = step_fn(state, sharding.put_batch(next(batches), mesh), data_key)
+      fn = step_fn if step <= objective.anneal_steps else opened_fn
+      state, on_device = fn(state, sharding.put_batch(next(batches), mesh), data_key)
       flush()
       last = step == config.optim.steps
       if step % config.log.every == 0 or last:
