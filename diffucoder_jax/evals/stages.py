@@ -59,8 +59,7 @@ def scores_of(folders):
     ValueError: a folder holds no results, or two were scored on other problems.
   """
   found = [(label, scores.read_results(folder)) for label, folder in folders]
-  heads = ("model", "sampled", "score", "%", "95 % interval", "network evaluations a sample",
-           "tokens of an answer", "answers that end")  # fmt: skip
+  heads = ("model", "sampled", "score", "%", "95 % interval", "evaluations", "tokens", "ended")
   cells = lambda kind, row: "".join(f"<{kind}>{html.escape(x)}</{kind}>" for x in row)  # noqa: E731
   rows = "".join(f"<tr>{cells('td', _row(label, results))}</tr>" for label, results in found)
   pins = found[0][1]["pins"]
@@ -68,7 +67,8 @@ def scores_of(folders):
     "<h2>Problems solved after each stage</h2>",
     f"<p>{html.escape(str(pins['benchmark']))}: {len(found[0][1]['problems'])} held-out problems, "
     f"{pins['samples']} answer(s) to each, judged by running all tests; sandbox level "
-    f"{html.escape(str(pins['sandbox']))}.</p>",
+    f"{html.escape(str(pins['sandbox']))}. Evaluations of the network and tokens are those of one "
+    "answer; ended: the share of answers that end by themselves.</p>",
     '<div class="wide" tabindex="0" role="region" aria-label="Scores"><table><tr>'
     f"{cells('th', heads)}</tr>{rows}</table></div>",
     *(f"<p>{html.escape(sentence)}</p>" for sentence in _changes(found)),
