@@ -73,7 +73,7 @@ left() {
 trap 'left 130' INT
 trap 'left 143' TERM
 pause() {
-  sleep "${1:-$POLL_SECONDS}" &
+  sleep "$POLL_SECONDS" &
   wait $!
 }
 
@@ -105,6 +105,12 @@ look() {
 
 # count PATTERN: how many workers' lines have it.
 count() { grep -c -- "$1" <<<"$WORKERS" || true; }
+
+# first_to_fail: the line of the worker that failed first; the others fail because of it.
+first_to_fail() {
+  grep -vE " exited code=(0|$PREEMPTED) " <<<"$WORKERS" | sed 's/^.* at=\([0-9]*\) .*/\1 &/' | sort -n |
+    head -n 1 | sed 's/^[0-9]* //'
+}
 
 recreate() {
   tpu delete --yes || failure "$NAME could not be deleted"
@@ -161,7 +167,7 @@ while true; do
         running=$(count ' running ')
         all=$(count '^worker ')
         ours=$(count " job=$JOB ")
-        done=$(grep -- " job=$JOB " <<<"$WORKERS" | grep -c ' exited code=0 ' || true)
+        finished=$(grep -- " job=$JOB " <<<"$WORKERS" | grep -c ' exited code=0 ' || true)
         saved=$(grep -- " job=$JOB " <<<"$WORKERS" | grep -c " exited code=$PREEMPTED " || true)
         if [ "$running" -gt 0 ]; then
           other=$(grep ' running ' <<<"$WORKERS" | grep -v -- " job=$JOB " | head -n 1 || true)
@@ -178,7 +184,7 @@ while true; do
             look
             continue
           fi
-        elif [ "$done" -eq "$all" ]; then
+        elif [ "$finished" -eq "$all" ]; then
           say "done: the command ended with exit code 0 on all $all workers"
           if [ -n "$DELETE" ]; then
             tpu delete --yes
@@ -190,11 +196,11 @@ while true; do
           mixed_since=""
           if [ -n "$watched" ]; then
             watched=""
-            if [ $((done + saved)) -eq "$all" ]; then
+            if [ $((finished + saved)) -eq "$all" ]; then
               say "preempted: the command saved itself; starting it again"
             else
-              first=$(grep -vE " exited code=(0|$PREEMPTED) " <<<"$WORKERS" | sed 's/^\(.* at=\)\([0-9]*\)/\2 \1\2/' | sort -n | head -n 1)
-              failure "${first#* }" "$(sed 's/.*worker \([^ ]*\) .*/\1/' <<<"$first")"
+              first=$(first_to_fail)
+              failure "$first" "$(cut -d ' ' -f 2 <<<"$first")"
               pause
             fi
           elif [ "$ours" -gt 0 ]; then

@@ -5,12 +5,14 @@
 #   worker.sh start JOB COMMAND...       starts a command that outlives the ssh session
 #   worker.sh status                     one line: running, exited with which code, lost, idle
 #   worker.sh stop SECONDS               SIGTERM, and after so many seconds SIGKILL
+#   worker.sh exec COMMAND...            becomes the command, as `start` would run it (for containers)
 #   worker.sh log LINES end|follow [HOST]   the end of what the command printed; only if this is HOST
 #
 # All is in ~/diffucoder: code/ (what git had), venv/, run/ (log, pid, exit code of the last command).
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd) # ~/diffucoder
-CODE=$HERE/code RUN=$HERE/run VENV=$HERE/venv
+CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+HERE=$(dirname "$CODE") # ~/diffucoder
+RUN=$HERE/run VENV=$HERE/venv
 
 fail() {
   echo "worker.sh on $(hostname): $*" >&2
@@ -27,9 +29,9 @@ get() {
   cat "$RUN/$1" 2>/dev/null || true
 }
 
-# birth PID: when a process started, in clock ticks after boot; a number that comes again is no process of ours.
+# birth PID: when a live process started, in clock ticks after boot; a number may come again.
 birth() {
-  sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+  sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'
 }
 
 # running: whether the command of the last start lives.
@@ -48,7 +50,7 @@ install() {
     command -v uv >/dev/null || python3 -m pip install --quiet --user uv ||
       fail "cannot install uv with pip (is there a network?)"
     rm -rf "$VENV"
-    uv venv --quiet --python 3.12 "$VENV" || fail "uv cannot make $VENV"
+    uv venv --quiet --python 3.12 "$VENV" || fail "uv cannot make $VENV (is there a network?)"
     uv pip install --quiet --python "$VENV/bin/python" -e "${CODE}[$extras]" ||
       fail "cannot install the project with [$extras] (is there a network? is the disk full?)"
     put "$VENV/installed" "$wanted"
@@ -67,12 +69,12 @@ start() {
   rm -f "$RUN/exit_code" "$RUN/pid"
   put "$RUN/job" "$job"
   setsid nohup bash "$CODE/launch/worker.sh" supervise "$@" </dev/null >>"$RUN/log" 2>&1 9>&- &
-  for _ in $(seq 100); do
+  for _ in $(seq 200); do
     if [ -e "$RUN/pid" ]; then
       echo "$(hostname): process $(get pid) runs job $job"
       return
     fi
-    sleep 0.1
+    sleep 0.05
   done
   fail "the command did not start; see $RUN/log"
 }
@@ -101,6 +103,14 @@ supervise() {
   kill -KILL -- "-$$" # what the command left behind, and this shell
 }
 
+# exec COMMAND...: no process of ours stays between a container's signals and the program.
+become() {
+  export DIFFUCODER_MULTIHOST=1 PYTHONUNBUFFERED=1
+  cd "$CODE"
+  set_flags
+  exec "$@"
+}
+
 # set_flags: XLA's and libtpu's flags, from the one place that knows them; on a CPU there are none.
 set_flags() {
   local line
@@ -118,7 +128,7 @@ set_flags() {
 
 status() {
   local state
-  for _ in $(seq 20); do # it may have ended just now, with its exit code about to be noted
+  for _ in $(seq 10); do # it may have ended just now, with its exit code about to be noted
     if running || [ -z "$(get job)" ] || [ -n "$(get exit_code)" ]; then break; fi
     sleep 0.1
   done
@@ -167,6 +177,7 @@ log() {
 
 case ${1:-} in
   install | start | supervise | status | stop | log) "$@" ;;
+  exec) become "${@:2}" ;;
   *)
     awk 'NR > 1 && /^#/ {sub(/^# ?/, ""); print; next} NR > 1 {exit}' "$0"
     [ "${1:-}" = --help ] || exit 2

@@ -1,0 +1,411 @@
+"""The launch scripts: what they would run, and what they do in a world that is played by fake_cloud.py."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tiny
+from tests.launch import fake_cloud
+
+HERE = pathlib.Path(__file__).parent
+SETTINGS = {
+  "PROJECT": "my-project", "ZONE": "us-east5-a", "NAME": "adapt-7b", "ACCELERATOR_TYPE": "v5p-64",
+  "CLUSTER": "my-cluster", "IMAGE": "us-east5-docker.pkg.dev/my-project/images/diffucoder:1",
+}  # fmt: skip
+TRAIN = "python -m diffucoder_jax.train --config=configs/adapt_7b.py --workdir=gs://B/adapt".split()
+AUTH = "ERROR: (gcloud.auth) You do not currently have an active account selected."
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+  """A git repository of the files as they are now, committed: what setup ships."""
+  folder = tmp_path_factory.mktemp("checkout")
+  listed = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "launch", "configs", "diffucoder_jax",
+     "setup.py", "README.md"], cwd=tiny.ROOT, capture_output=True, text=True)  # fmt: skip
+  if listed.returncode:
+    pytest.skip(f"git does not know this folder: {listed.stderr.strip()}")
+  for name in listed.stdout.splitlines():
+    if (tiny.ROOT / name).exists():
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(tiny.ROOT / name, folder / name)
+  git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "init.defaultBranch=main"]
+  for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all", "--no-verify"]):
+    subprocess.run([*git, *words], cwd=folder, check=True)
+  return folder
+
+
+class Launch:
+  """Runs scripts of a checkout against a `World`."""
+
+  def __init__(self, checkout, folder):
+    self.checkout, self.world = checkout, fake_cloud.World(folder / "world")
+    (folder / "bin").mkdir()
+    for name in ("gcloud", "xpk"):
+      fake_cloud.script(
+        folder / "bin" / name, f'exec {fake_cloud.PYTHON} "{HERE / "fake_cloud.py"}" {name} "$@"'
+      )
+    self.environment = {
+      "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "FAKE_CLOUD": str(self.world.folder),
+      "POLL_SECONDS": "0.05", **SETTINGS,
+    }  # fmt: skip
+
+  def start(self, script, *words, log=subprocess.PIPE, **settings):
+    return subprocess.Popen(
+      ["bash", f"launch/{script}", *map(str, words)], cwd=self.checkout, stdin=subprocess.DEVNULL,
+      env={**self.environment, **settings}, stdout=log, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+  def __call__(self, script, *words, **settings):
+    """(exit code, all that it printed)."""
+    process = self.start(script, *words, **settings)
+    try:
+      text = process.communicate(timeout=60)[0]
+    finally:
+      process.kill()
+    return process.returncode, text
+
+  def ready(self, **settings):
+    """A pod that is there, with the code."""
+    for words in (["create", "--wait"], ["setup"]):
+      code, text = self("tpu.sh", *words, **settings)
+      assert code == 0, text
+
+  def workers(self):
+    """The states of the workers, as status says."""
+    text = self("tpu.sh", "status")[1]
+    return re.findall(r"^worker \S+ (\w+(?: code=\d+)?)", text, re.M)
+
+  def wait_for(self, *states):
+    end = time.monotonic() + 20
+    while self.workers() != list(states):
+      assert time.monotonic() < end, self("tpu.sh", "status")[1]
+
+
+@pytest.fixture
+def launch(checkout, tmp_path):
+  made = Launch(checkout, tmp_path)
+  yield made
+  for folder in (made.world.folder / "machines").iterdir():
+    made.world.destroy(folder.name)
+
+
+# --- What would be run.
+
+MULTISLICE = {"SLICES": "2", "ACCELERATOR_TYPE": "v5e-256", "PROVISIONING": "reserved", "SSH_VIA": "iap",
+              "BUCKET": "gs://my-bucket/runs"}  # fmt: skip
+ODD = ["python", "-m", "diffucoder_jax.train", "--config.mesh=(2, 2)", "it's", '"$HOME"', "a;b"]
+DRY = {
+  "create": ("tpu.sh", ["--dry-run", "create"], {}),
+  "create_multislice": ("tpu.sh", ["create", "--dry-run", "--wait", "--", "--network=mine"], MULTISLICE),
+  "create_on_demand": (
+    "tpu.sh", ["--dry-run", "create"], {"PROVISIONING": "on-demand", "ACCELERATOR_TYPE": "v6e-64"}),
+  "setup": ("tpu.sh", ["--dry-run", "setup"], {}),
+  "run": ("tpu.sh", ["--dry-run", "run", *TRAIN], {}),
+  "run_multislice": ("tpu.sh", ["--dry-run", "run", "--", *ODD], MULTISLICE),
+  "status": ("tpu.sh", ["status", "--dry-run"], {}),
+  "status_multislice": ("tpu.sh", ["status", "--dry-run"], MULTISLICE),
+  "logs": ("tpu.sh", ["--dry-run", "logs", "--worker=3", "--lines=20", "--follow"], {}),
+  "stop": ("tpu.sh", ["--dry-run", "stop", "--seconds=60"], {}),
+  "delete": ("tpu.sh", ["--dry-run", "delete"], {}),
+  "babysit": ("babysit.sh", ["--dry-run", "--delete-when-done", *TRAIN], {}),
+  "xpk_image": ("xpk.sh", ["--dry-run", "image", "--push"], {}),
+  "xpk_create": ("xpk.sh", ["--dry-run", "create", *TRAIN], {}),
+  "xpk_create_multislice": ("xpk.sh", ["--dry-run", "create", "--restarts=7", "--", *ODD], MULTISLICE),
+  "xpk_list": ("xpk.sh", ["--dry-run", "list"], {}),
+  "xpk_logs": ("xpk.sh", ["--dry-run", "logs", "--follow"], {}),
+  "xpk_delete": ("xpk.sh", ["--dry-run", "delete"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRY)
+def test_dry_runs_print_what_is_written_down(launch, name):
+  """UPDATE_GOLDEN=1 writes tests/launch/golden/*.txt anew; read the difference before it is committed."""
+  script, words, settings = DRY[name]
+  code, text = launch(script, *words, **settings)
+  assert code == 0, text
+  assert not launch.world.calls(), "a dry run ran something"
+  path = HERE / "golden" / f"{name}.txt"
+  if os.environ.get("UPDATE_GOLDEN"):
+    path.write_text(text)
+  assert text == path.read_text()
+
+
+def test_what_is_quoted_arrives_as_it_was(launch):
+  line = subprocess.run(
+    ["bash", "-c", 'source launch/env.sh; quote "$@"', "x", *ODD, ""], cwd=launch.checkout,
+    capture_output=True, text=True, check=True).stdout  # fmt: skip
+  back = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True)
+  assert back.stdout.splitlines() == [*ODD, ""]
+
+
+@pytest.mark.parametrize(
+  ("words", "settings", "message"),
+  [
+    (["tpu.sh", "create"], {"NAME": "my pod"}, "NAME='my pod' is not allowed"),
+    (["tpu.sh", "status"], {"NAME": "a;b"}, "NAME='a;b' is not allowed"),
+    (["tpu.sh", "delete", "--yes"], {"NAME": "-x"}, "NAME='-x' is not allowed"),
+    (["tpu.sh", "status"], {"PROJECT": ""}, "PROJECT is not set; for example: export PROJECT="),
+    (["tpu.sh", "status"], {"ZONE": "us-east5"}, "ZONE='us-east5' is not allowed; it looks like us-east5-a"),
+    (["tpu.sh", "status"], {"BUCKET": "my-bucket"}, "BUCKET='my-bucket' is not allowed"),
+    (["tpu.sh", "create"], {"ACCELERATOR_TYPE": "v5e-265"}, "v5e has 1, 4, 8, 16"),
+    (["tpu.sh", "create"], {"ACCELERATOR_TYPE": "v5p-12"}, "counts cores, a multiple of 8"),
+    (["tpu.sh", "create"], {"ACCELERATOR_TYPE": "v9-8"}, "v9-8 is not known"),
+    (["tpu.sh", "create"], {"ACCELERATOR_TYPE": "tpu7x-64"}, "use launch/xpk.sh"),
+    (["tpu.sh", "create"], {"PROVISIONING": "cheap"}, "it looks like spot, on-demand or reserved"),
+    (["tpu.sh", "create", "--spot"], {}, "create does not know '--spot'"),
+    (["tpu.sh", "run"], {}, "run needs a command"),
+    (["tpu.sh", "run", "--worker=1", "x"], {}, "run does not know '--worker=1'"),
+    (["tpu.sh", "logs", "--worker=one"], {}, "--worker=one is no number"),
+    (["tpu.sh", "stop", "--seconds=x"], {}, "--seconds=x is no number"),
+    (["tpu.sh", "setup", "--commit=none"], {}, "git knows no commit 'none'"),
+    (["tpu.sh", "delete"], {}, "not deleted"),
+    (["tpu.sh", "frobnicate"], {}, "'frobnicate' is none of create, setup"),
+    (["tpu.sh"], {}, "say what to do"),
+    (["babysit.sh"], {}, "needs a command"),
+    (["babysit.sh", "--failures=0", "x"], {}, "--failures=0 is no number"),
+    (["babysit.sh", "--force", "x"], {}, "'--force' is no option"),
+    (["xpk.sh", "create", "x"], {"CLUSTER": "a b"}, "CLUSTER='a b' is not allowed"),
+    (["xpk.sh", "create", "x\ny"], {}, "line break"),
+    (["xpk.sh", "delete"], {}, "not deleted"),
+  ],
+)
+def test_what_is_wrong_is_refused_by_a_clear_line(launch, words, settings, message):
+  code, text = launch(*words, **settings)
+  assert code == 1 and message in text, text
+  assert not launch.world.calls()
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "babysit.sh", "xpk.sh"])
+def test_help_is_the_comment_at_the_head(launch, script):
+  code, text = launch(script, "--help", PROJECT="")
+  assert code == 0 and f"bash launch/{script}" in text and "set -euo" not in text
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="apt-get install shellcheck")
+def test_shellcheck_finds_nothing():
+  files = [*sorted((tiny.ROOT / "launch").glob("*.sh")), tiny.ROOT / ".ci" / "run"]
+  files = [str(path) for path in files if path.exists()]
+  done = subprocess.run(["shellcheck", "-x", *files], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+def test_scripts_are_careful():
+  for path in (tiny.ROOT / "launch").glob("*.sh"):
+    sourced = path.name in ("env.sh", "venv.sh")
+    assert sourced or "\nset -euo pipefail\n" in path.read_text(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_the_real_gcloud_has_the_flags_that_are_used():
+  used = {}
+  for path in (HERE / "golden").glob("*.txt"):
+    for words in re.findall(r"^\+ gcloud (compute tpus \S+ \S+)(.*)", path.read_text(), re.M):
+      flags = re.findall(r"(?<=[ '])--[a-z-]+", words[1].split("--command=")[0])
+      used.setdefault(words[0], set()).update(flags, ["--command"] if "--command=" in words[1] else [])
+  assert len(used) >= 5
+  for command, flags in used.items():
+    shown = subprocess.run(["gcloud", *command.split(), "--help"], capture_output=True, text=True).stdout
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", shown) + " --project --format --quiet"  # of all commands
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", shown)], command
+
+
+# --- What is done.
+
+
+def test_a_pod_from_nothing_to_its_end(launch):
+  (launch.world.folder / "workers").write_text("2")
+  code, text = launch("tpu.sh", "status")
+  assert code == 0 and "request adapt-7b MISSING" in text
+  launch.ready(SLICES="2")
+  launch.environment["SLICES"] = "2"
+  machines = launch.world.machines("adapt-7b")
+  assert [m.name for m in machines] == ["0-0", "0-1", "1-0", "1-1"]
+  commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=launch.checkout, capture_output=True, text=True)
+  for machine in machines:
+    assert (machine / "diffucoder" / "commit").read_text() == commit.stdout
+    assert (machine / "diffucoder" / "code" / "diffucoder_jax" / "train.py").exists()
+  assert launch.workers() == ["idle"] * 4
+
+  # On all workers, with their environment, in the code's folder, and once at a time.
+  command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(basename "$PWD") $1"; '
+             "while true; do sleep 0.05; done", "x", "a b")  # fmt: skip
+  code, text = launch("tpu.sh", "run", *command)
+  assert code == 0, text
+  assert launch.workers() == ["running"] * 4
+  code, text = launch("tpu.sh", "run", *command)
+  assert code == 1 and "not started: a command is running" in text
+  code, text = launch("tpu.sh", "setup")
+  assert code == 1 and "stop it first" in text
+  code, text = launch("tpu.sh", "logs", "--node=1", "--worker=1", "--lines=1")
+  assert code == 0 and text.splitlines()[-1] == "up 1 code a b"
+
+  code, text = launch("tpu.sh", "stop", "--seconds=20")
+  assert code == 0 and text.count("exited code=42") == 4, text
+  assert launch.workers() == ["exited code=42"] * 4
+
+  # One that does not listen to SIGTERM.
+  assert launch("tpu.sh", "run", "bash", "-c", 'trap "" TERM; while true; do sleep 0.05; done')[0] == 0
+  code, text = launch("tpu.sh", "stop", "--seconds=0")
+  assert "SIGKILL" in text and launch.workers() == ["exited code=137"] * 4
+
+  # Nothing of a command stays behind; and what ends without a word is called lost.
+  assert launch("tpu.sh", "run", "bash", "-c", "sleep 1234 & echo $! >../child; exit 3")[0] == 0
+  launch.wait_for(*["exited code=3"] * 4)
+  for machine in machines:
+    child = pathlib.Path("/proc", (machine / "diffucoder" / "child").read_text().strip(), "stat")
+    end = time.monotonic() + 5
+    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+      assert time.monotonic() < end
+  assert launch("tpu.sh", "run", "sleep", "1234")[0] == 0
+  for machine in machines:
+    fake_cloud.kill(machine, signal.SIGKILL)
+  assert launch.workers() == ["lost"] * 4
+
+  code, text = launch("tpu.sh", "delete", "--yes")
+  assert code == 0 and not launch.world.machines("adapt-7b")
+
+
+def test_what_gcloud_says_is_shown(launch):
+  (launch.world.folder / "error").write_text(AUTH)
+  for words in (["tpu.sh", "create"], ["tpu.sh", "status"], ["babysit.sh", "true"]):
+    code, text = launch(*words)
+    assert code == 1 and AUTH in text, text
+  assert len(launch.world.calls()) == 3, "asked again and again"
+
+
+def test_a_request_that_fails_is_explained(launch):
+  (launch.world.folder / "states").write_text("ACCEPTED FAILED")
+  code, text = launch("tpu.sh", "create", "--wait")
+  assert code == 1 and "is ACCEPTED" in text and "Quota 'TPUS_PER_PROJECT' exceeded" in text
+  code, text = launch("babysit.sh", "--failures=2", "true")
+  assert code == 1 and "failure 2 of 2" in text and "Quota" in text and "giving up" in text
+
+
+def test_setup_without_a_network_says_so(launch):
+  assert launch("tpu.sh", "create", "--wait")[0] == 0
+  (launch.world.folder / "no_network").write_text("")
+  code, text = launch("tpu.sh", "setup")
+  assert code == 1 and "is there a network?" in text
+  code, text = launch("tpu.sh", "run", "true")
+  assert "is there a network" not in text  # it has the code; what was not installed shows in the log
+
+
+def test_the_babysitter_starts_again_what_saved_itself(launch):
+  count = 'n=$(cat ../n 2>/dev/null || echo 0); echo $((n + 1)) >../n; echo "try $n"; '
+  code, text = launch("babysit.sh", "--delete-when-done", "bash", "-c", count + '[ "$n" -ge 2 ] || exit 42')
+  assert code == 0 and text.count("saved itself; starting it again") == 2 and "failure" not in text, text
+  assert "done: the command ended with exit code 0" in text and not launch.world.request("adapt-7b")
+
+
+def test_the_babysitter_gives_up_and_shows_the_log_of_the_first_to_fail(launch):
+  (launch.world.folder / "workers").write_text("2")
+  command = 'case $(hostname) in *-1) echo "no such weights"; exit 1 ;; esac; sleep 1.2; echo abort; exit 134'
+  code, text = launch("babysit.sh", "--failures=2", "bash", "-c", command)
+  assert code == 1, text
+  assert "failure 1 of 2" in text and "failure 2 of 2" in text and "giving up" in text
+  end = text.split("failure 2 of 2")[1]
+  assert "\nno such weights\n" in end and "\nabort\n" not in end
+  assert launch.world.request("adapt-7b"), "the pod was deleted"
+  # Failures that are long past do not count.
+  command = "n=$(cat ../n 2>/dev/null || echo 0); echo $((n + 1)) >../n; sleep 0.7; exit $((n < 2))"
+  code, text = launch("babysit.sh", "--failures=2", "--window=1", "bash", "-c", command)
+  assert code == 0 and text.count("failure 1 of 2") == 2, text
+
+
+def test_the_babysitter_watches_what_runs_and_minds_other_commands(launch):
+  launch.ready()
+  command = ["bash", "-c", "while [ ! -e ../stop ]; do sleep 0.05; done"]
+  assert launch("tpu.sh", "run", *command)[0] == 0
+  code, text = launch("babysit.sh", "true")
+  assert code == 1 and "another command runs on adapt-7b" in text
+  process = launch.start("babysit.sh", *command)
+  (machine,) = launch.world.machines("adapt-7b")
+  time.sleep(1)
+  (machine / "diffucoder" / "stop").write_text("")
+  text = process.communicate(timeout=30)[0]
+  assert process.returncode == 0 and "+ gcloud compute tpus queued-resources ssh" not in text, text
+  # Done is done, for this command and not for another.
+  code, text = launch("babysit.sh", *command)
+  assert code == 0 and "done: " in text and "starting" not in text
+  code, text = launch("babysit.sh", "bash", "-c", "echo other")
+  assert code == 0 and "worker.sh start" in text
+
+
+def test_workers_that_hang_when_others_ended_are_stopped(launch):
+  (launch.world.folder / "workers").write_text("2")
+  command = "[ ! -e ../n ] || exit 0; touch ../n; case $(hostname) in *-1) exit 1 ;; esac; sleep 1234"
+  code, text = launch("babysit.sh", "bash", "-c", command, STRAGGLER_SECONDS="1")
+  assert code == 0 and "only 1 of 2 workers run" in text and "failure 1 of 5" in text, text
+
+
+def test_workloads_of_xpk(launch):
+  code, text = launch("xpk.sh", "create", *TRAIN)
+  assert code == 0, text
+  path = launch.world.folder / "workloads" / "adapt-7b"
+  assert path.read_text() == f"QUEUED\nexec bash launch/worker.sh exec {' '.join(TRAIN)}\n"
+  code, text = launch("xpk.sh", "create", *TRAIN)
+  assert code == 3 and "adapt-7b is QUEUED already" in text
+  path.write_text("FAILED\nx\n")
+  (path.parent / "adapt-7b-2").write_text("RUNNING\nx\n")  # a longer name is another
+  code, text = launch("xpk.sh", "create", *TRAIN)
+  assert code == 0 and path.read_text().startswith("QUEUED"), text
+  code, text = launch("xpk.sh", "list")
+  assert code == 0 and "QUEUED" in text and "adapt-7b-2" not in text
+  code, text = launch("xpk.sh", "delete", "--yes")
+  assert code == 0 and not path.exists()
+  (launch.world.folder / "error").write_text("[XPK] no credentials")
+  code, text = launch("xpk.sh", "create", *TRAIN)
+  assert code == 1 and "no credentials" in text
+
+
+def test_a_container_becomes_the_program(launch):
+  """As xpk runs it: no shell between the signal and the program; see Dockerfile."""
+  command = "import os, sys; print(os.getpid(), os.environ['DIFFUCODER_MULTIHOST'], sys.argv[1:])"
+  process = launch.start("worker.sh", "exec", sys.executable, "-c", command, "a b", JAX_PLATFORMS="cpu")
+  text = process.communicate(timeout=60)[0]
+  assert text.split(maxsplit=1) == [str(process.pid), "1 ['a b']\n"]
+
+
+# --- A real training run.
+
+
+@pytest.mark.slow
+def test_a_preempted_run_is_made_again_and_resumes(launch, home, tmp_path):
+  """create, run, preempted with SIGKILL, made again, saved by SIGTERM (42), resumed, done."""
+  workdir = tmp_path / "work"
+  changes = {"optim.steps": 40, "checkpoint.every": 4, "eval.every": 40, "eval.rows": 8}
+  words = ["python", "-m", "diffucoder_jax.train", *tiny.flags(home, workdir, None, changes)]
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+  cluster = {"DIFFUCODER_COORDINATOR": f"localhost:{tiny.free_port()}", "DIFFUCODER_PROCESSES": "1",
+             "DIFFUCODER_PROCESS": "0"}  # fmt: skip
+  environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "NPROC": "4", **cache, **cluster}
+  (launch.world.folder / "environment.json").write_text(fake_cloud.json.dumps(environment))
+  log = tmp_path / "babysit.log"
+  said = lambda: log.read_text()[-6000:]  # noqa: E731
+  with open(log, "w") as out:
+    process = launch.start("babysit.sh", "--delete-when-done", *words, log=out)
+
+  assert tiny.wait_until(lambda: tiny.last_row(workdir)["step"] >= 6, process, 300), said()
+  launch.world.preempt("adapt-7b")
+  lost = tiny.steps_on_file(workdir)[-1]
+  assert lost >= 4 and not launch.world.machines("adapt-7b")
+
+  pids = launch.world.folder / "machines" / "adapt-7b" / "0-0" / "diffucoder" / "run" / "pid"
+  assert tiny.wait_until(lambda: pids.exists() and tiny.last_row(workdir)["step"] >= 15, process, 300), said()
+  os.kill(int(pids.read_text()), signal.SIGTERM)
+  assert tiny.wait(process, 300) == 0, said()
+  text = log.read_text()
+  assert "SUSPENDED" in text and text.count("queued-resources create") == 2
+  assert text.count("worker.sh start") == 3 and "saved itself; starting it again" in text
+  assert "failure" not in text and "done: " in text and not launch.world.request("adapt-7b")
+  assert list(tiny.losses(workdir)) == list(range(1, 41)) and tiny.steps_on_file(workdir)[-1] == 40
