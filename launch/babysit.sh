@@ -99,12 +99,18 @@ look() {
   REACHED=1
   tpu status >"$LOOK/out" 2>"$LOOK/err" || REACHED=""
   REQUEST=$(awk '$1 == "request" {print $3}' "$LOOK/out")
-  NODES=$(awk '$1 == "node" {print $3}' "$LOOK/out")
+  NODES=$(awk '$1 == "node" {printf "%s ", $3}' "$LOOK/out")
   WORKERS=$(grep '^worker ' "$LOOK/out" || true)
 }
 
 # count PATTERN: how many workers' lines have it.
 count() { grep -c -- "$1" <<<"$WORKERS" || true; }
+
+# summary: the workers' states without what differs between them, each with its number.
+summary() {
+  sed -E 's/^worker [^ ]+ //; s/ (pid|at|job|commit)=[^ ]*//g; /^$/d' <<<"$WORKERS" | sort | uniq -c |
+    awk '{n = $1; $1 = ""; print n " worker(s)" $0}' | tr '\n' ' '
+}
 
 # first_to_fail: the line of the worker that failed first; the others fail because of it.
 first_to_fail() {
@@ -127,7 +133,7 @@ mixed_since="" # when some workers had ended and others not
 unreachable=0
 before=""
 while true; do
-  now="$REQUEST $(tr '\n' ' ' <<<"$NODES")$(sed 's/^worker [^ ]* //; s/ pid=[0-9]*//; s/ at=[0-9]*//' <<<"$WORKERS" | sort | uniq -c | tr -s ' \n' ' ')"
+  now="$REQUEST $NODES $(summary)"
   [ "$now" = "$before" ] || say "$NAME: $now"
   before=$now
   case $REQUEST in
@@ -148,7 +154,7 @@ while true; do
       continue
       ;;
     ACTIVE)
-      if grep -qE '^(PREEMPTED|TERMINATED|STOPPED|STOPPING|DELETING)$' <<<"$NODES"; then
+      if grep -qwE 'PREEMPTED|TERMINATED|STOPPED|STOPPING|DELETING' <<<"$NODES"; then
         say "$NAME was preempted; making it again"
         recreate
         look

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 
-
 PYTHON = f'"{sys.executable}" -I -S'  # without packages it starts much faster
 
 
@@ -91,7 +90,13 @@ def parse(command, positional, flags, arguments):
     parser.add_argument(name)
   for flag in flags.split():
     word = flag.strip("!+-")
-    kind = {"action": "store_true"} if flag.endswith("-") else {"action": "append"} if "+" in flag else {}
+    kind = (
+      {"action": "store_true"}
+      if flag.endswith("-")
+      else {"action": "append"}
+      if "+" in flag
+      else {}
+    )
     parser.add_argument(f"--{word}", **kind, **({"required": True} if flag.endswith("!") else {}))
   return parser.parse_args(arguments)
 
@@ -230,11 +235,15 @@ def xpk(world, arguments):
   args = parse(f"xpk {name}", *XPK[name], arguments[2:])
   path = world.folder / "workloads"
   if name == "workload list":
-    print("[XPK] Starting workload list\n[XPK] Workload List Output:\nJobset Name   Priority  Status")
+    print(
+      "[XPK] Starting workload list\n[XPK] Workload List Output:\nJobset Name   Priority  Status"
+    )
     pattern = (args.filter_by_job or "").strip("^$")
     for file in sorted(path.iterdir()):
       status = file.read_text().split()[0]
-      among = {"FINISHED": ("SUCCESSFUL", "FAILED")}.get(args.filter_by_status, (args.filter_by_status,))
+      among = {"FINISHED": ("SUCCESSFUL", "FAILED")}.get(
+        args.filter_by_status, (args.filter_by_status,)
+      )
       if pattern in ("", file.name) and (args.filter_by_status is None or status in among):
         print(f"{file.name}   medium  {status}")
   elif name == "workload create":
