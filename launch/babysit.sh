@@ -11,7 +11,8 @@
 #
 # Exit code 0 of the command ends it; 42 (saved itself) and a preemption start it again; any other
 # ending is a failure, and after --failures of them within --window seconds this script gives up and
-# shows the end of the log of the worker that failed first. The pod stays then, and costs.
+# shows the end of the log of the worker that failed first. The pod stays then, and costs. Exit code: 0
+# done, 3 given up on the command, 1 something else is wrong (settings, gcloud, the pod is in use).
 # All restarts run the commit of the first start (--commit, git's HEAD when it is not given).
 # Stopping this script (Ctrl-C) stops no pod; started again, it goes on watching. Run it in tmux, or
 # on a small VM that stays up. Settings are environment variables: see launch/env.sh.
@@ -19,6 +20,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 
+GAVE_UP=3
 POLL_SECONDS=${POLL_SECONDS:-60}
 STRAGGLER_SECONDS=${STRAGGLER_SECONDS:-600} # some workers ended and others have not: they hang
 UNREACHABLE_LOOKS=${UNREACHABLE_LOOKS:-10}  # of a pod that is said to be there
@@ -78,7 +80,7 @@ pause() {
 }
 
 failed=() # when, in seconds
-# failure WHAT: notes one, and gives up when there were too many.
+# failure WHAT [HOST]: notes one, and gives up when there were too many. HOST ran the command that failed.
 failure() {
   local time now kept=()
   now=$(date +%s)
@@ -89,7 +91,8 @@ failure() {
   say "failure ${#failed[@]} of $FAILURES within $WINDOW s: $1"
   if [ ${#failed[@]} -ge "$FAILURES" ]; then
     [ -z "${2:-}" ] || tpu logs --lines=40 "--host=$2" || true
-    say "giving up; $NAME is left as it is (bash launch/tpu.sh delete)"
+    say "giving up; $NAME is left as it is and costs; bash launch/tpu.sh delete gives it back"
+    [ -z "${2:-}" ] || exit "$GAVE_UP"
     exit 1
   fi
 }
@@ -160,7 +163,9 @@ while true; do
         look
         continue
       fi
-      if [ -z "$REACHED" ]; then
+      if grep -qwE 'CREATING|STARTING|RESTARTING|REIMAGING|REPAIRING' <<<"$NODES"; then
+        unreachable=0 # its machines are being put right; what ran there will be lost or running
+      elif [ -z "$REACHED" ] || [ -z "$WORKERS" ]; then
         unreachable=$((unreachable + 1))
         say "$NAME does not answer ($unreachable): $(tail -n 1 "$LOOK/err")"
         if [ "$unreachable" -ge "$UNREACHABLE_LOOKS" ]; then

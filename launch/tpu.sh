@@ -122,7 +122,7 @@ setup() {
     shift
   done
   commit=$(git rev-parse --verify --quiet "$rev^{commit}") || fail "git knows no commit '$rev'"
-  [ -z "$(git status --porcelain)" ] ||
+  [ -n "$DRY_RUN" ] || [ -z "$(git status --porcelain)" ] ||
     echo "note: what is not committed is not shipped ($(git status --porcelain | wc -l | tr -d ' ') files; git status)" >&2
   folder=$(mktemp -d)
   # shellcheck disable=SC2064 # the folder of now

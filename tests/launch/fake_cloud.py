@@ -112,7 +112,8 @@ GCLOUD = {
   "queued-resources ssh": (
     ["name"], "project! zone! node worker command! internal-ip- tunnel-through-iap- batch-size"),
   "queued-resources scp": (
-    ["source", "target"], "project! zone! node worker internal-ip- tunnel-through-iap- batch-size recurse-"),
+    ["source", "target"],
+    "project! zone! node worker internal-ip- tunnel-through-iap- batch-size recurse-"),
   "tpu-vm describe": (["name"], "project! zone! format"),
 }  # fmt: skip
 XPK = {
