@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv once and installs the project into it.
 # Afterwards `python` is the one of .venv. A second call finds everything there and takes no time.
 
