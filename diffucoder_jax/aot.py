@@ -39,7 +39,8 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from diffucoder_jax.model import cost
+from diffucoder_jax import meshes
+from diffucoder_jax.model import cost, transformer
 from diffucoder_jax.programs import PROGRAMS, network
 from diffucoder_jax.runtime import collectives, hlo, roofline, sharding, topology, traffic
 
@@ -157,10 +158,9 @@ def analyse(config, target, program, options, hlo_path=""):
     epath.Path(hlo_path).write_text(text)
   module = hlo.parse(text)
   runs = hlo.count_runs(module, prepared.hints)
-  found = collectives.find(module, runs, mesh.size)
-  by_kind, each = collectives.totals(
-    found, topology.places(mesh.devices.flat, target), target.torus
-  )
+  found = collectives.find(module, runs, mesh.size // target.slices)
+  places = topology.places(mesh.devices.flat, target)
+  by_kind, each = collectives.totals(found, places, target.torus, target.slices)
   total = collectives.Totals(*map(sum, zip(*by_kind.values(), strict=True))) if by_kind else (
     collectives.Totals()
   )  # fmt: skip
@@ -204,90 +204,56 @@ def attempt(config, target, program, options, hlo_path=""):
 
 
 # ---------------------------------------------------------------------------------------------
-# Saying it
-
-
-def _shape(mesh):
-  return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-
-
-def describe(result):
-  """A result of `analyse` in lines of text."""
-  r, gib = result, 2.0**30
-  lines = [f"{r['program']} on {r['topology']}, mesh {_shape(r['mesh'])}"]
-  if "rows" in r:
-    lines += [
-      f"  {r['devices']} devices, {r['slices']} slice(s) of {'x'.join(map(str, r['shape']))} chips; "
-      f"{r['rows']} rows of {r['length']} tokens, {r['rows_per_device']:g} on a device at a time "
-      f"(accumulate {r['accumulate']})",
-      f"  remat {r['remat']}, attention {r['attention']}, parameters {r['params']}, computing in "
-      f"{r['compute']}; compiled in {r['seconds']['compile']:.0f} s",
-    ]
-  if "memory" in r:
-    m, f, h, roof = r["memory"], r["flops"], r["hbm_bytes"], r["roofline"]
-    lines += [
-      "",
-      "memory of a device, GiB",
-      f"  arguments {m['arguments'] / gib:.2f}, outputs {m['outputs'] / gib:.2f} of which "
-      f"{m['aliased'] / gib:.2f} in place, temporaries {m['temporaries'] / gib:.2f}, peak "
-      f"{m['peak'] / gib:.2f} of {m['usable'] / gib:.2f}",
-      "work of one call",
-      f"  {f['useful']:.3g} useful FLOPs, {f['executed']:.3g} executed ({f['counting']})",
-      f"  HBM: {h['compiled'] / 1e9:.1f} GB per device as compiled, loops with their rounds; "
-      f"{h['least'] / 1e9:.1f} GB cannot be avoided",
-      "collectives             runs  GB over ICI  GB over DCN  ICI seconds, of one device",
-    ]
-    for kind, t in r["collectives"].items():
-      lines.append(
-        f"  {kind:<19} {t['count']:6g} {t['ici_bytes'] / 1e9:12.2f} {t['dcn_bytes'] / 1e9:12.3f} "
-        f"{t['ici_seconds']:12.4f}"
-      )
-    lines.append("  the largest:")
-    for one in r["largest_collectives"][:5]:
-      lines.append(
-        f"    {one['kind']} of {one['bytes'] / 2**20:.1f} MiB over {one['group']}, {one['times']:g} "
-        f"times, {one['ici_seconds']:.4f} s: {one['where'][-70:] or 'made by the compiler'}"
-      )
-    lines += [
-      "roofline, seconds",
-      f"  compute {roof['compute']:.4f}, HBM {roof['hbm']:.4f}, ICI {roof['ici']:.4f}, DCN "
-      f"{roof['dcn']:.4f}; the limit is {roof['limit']}",
-      f"  MFU at most {roof['mfu']:.1%} with perfect overlap, {roof['serial_mfu']:.1%} with none",
-    ]
-    lines += [f"assumed: {line}" for line in r["assumed"]]
-  lines += [f"warning: {line}" for line in r.get("warnings", ())]
-  return [*lines, r["verdict"]]
-
-
-def compare(first, second):
-  """Two results side by side, lines of text; rows that are equal in both are left out."""
-
-  def flat(tree, prefix=""):
-    for key, value in tree.items():
-      if isinstance(value, dict):
-        yield from flat(value, f"{prefix}{key}.")
-      elif not isinstance(value, list):
-        yield f"{prefix}{key}", value
-
-  left, right = dict(flat(first)), dict(flat(second))
-  show = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
-  lines = [f"{'':<40} {'A':>24} {'B':>24} {'B / A':>8}"]
-  for key in dict.fromkeys([*left, *right]):
-    a, b = left.get(key, "-"), right.get(key, "-")
-    if a == b:
-      continue
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
-    ratio = f"{b / a:8.3f}" if numbers and a else ""
-    lines.append(f"{key:<40} {show(a)[:24]:>24} {show(b)[:24]:>24} {ratio}")
-  return lines
-
-
-# ---------------------------------------------------------------------------------------------
 # The program
 
 
+def search(config, target, program, options, limit, output=""):
+  """Compiles a program in several ways and prints them, the best bound first. Whether one fits."""
+  devices = topology.devices(target)
+  chip, usable = target.spec, target.spec.usable_hbm / target.spec.devices
+  model_config = network(config, options.model)
+
+  def changed(one):
+    c = config.copy_and_resolve_references().unlock()
+    c.update_from_flattened_dict(one.changes)
+    return c.lock()
+
+  # What the program does is the same on every mesh: it is asked on one device, for each policy.
+  alone = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices[:1])
+  prepared = {}
+  with jax.set_mesh(alone):
+    for remat in transformer.REMAT:
+      one = meshes.Candidate(dict.fromkeys(sharding.AXES, 1), 1, remat)
+      prepared[remat] = PROGRAMS[program](changed(one), alone, options)
+  first = prepared[model_config.remat]
+  found = meshes.candidates(
+    model_config, len(devices), target.slices, first.rows, first.trains, list(prepared)
+  )
+  if not found:
+    print(
+      f"no mesh of {len(devices)} devices divides {first.rows} rows and {model_config.num_kv_heads} kv "
+      "heads; choose another number of rows"
+    )
+    return False
+  done, left_out = meshes.search(
+    lambda one: attempt(changed(one), target, program, options),
+    found,
+    lambda one: meshes.on_paper(
+      one, model_config, prepared[one.remat].work, first.length, first.rows, first.trains, chip,
+      len(devices),
+    ),
+    usable, first.work.useful / len(devices) / (chip.flops / chip.devices), limit,
+    lambda line: print(line, flush=True),
+  )  # fmt: skip
+  print("\n".join(["", *meshes.table(done), "", *left_out]))
+  if output:
+    rows = [{"changes": one.changes, **result} for one, result in done]
+    epath.Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+  return any(result["fits"] for _, result in done)
+
+
 def main(config, target, program, options, output="", hlo_path="", against=""):
-  """Compiles one program, prints what `describe` says, and writes it as JSON.
+  """Compiles one program, prints what `roofline.describe` says, and writes it as JSON.
 
   Args:
     config, target, program, options: as `analyse` takes them.
@@ -296,11 +262,11 @@ def main(config, target, program, options, output="", hlo_path="", against=""):
     whether it fits.
   """
   result = attempt(config, target, program, options, hlo_path)
-  print("\n".join(describe(result)), flush=True)
+  print("\n".join(roofline.describe(result)), flush=True)
   if output:
     epath.Path(output).write_text(json.dumps(result, indent=1) + "\n")
   if against:
-    print("\n".join(["", *compare(json.loads(epath.Path(against).read_text()), result)]))
+    print("\n".join(["", *roofline.compare(json.loads(epath.Path(against).read_text()), result)]))
   return result["fits"]
 
 
@@ -324,12 +290,15 @@ if __name__ == "__main__":
       raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     if len(_COMPARE.value) == 2:
       first, second = (json.loads(epath.Path(path).read_text()) for path in _COMPARE.value)
-      print("\n".join(compare(first, second)))
+      print("\n".join(roofline.compare(first, second)))
       return
     if not (_CONFIG.value and _TOPOLOGY.value):
       raise app.UsageError("give --config and --topology, or --compare twice")
     target = topology.parse(_TOPOLOGY.value)
     options = SimpleNamespace(model=_MODEL.value, batch=_BATCH.value, prompt_tokens=_PROMPT.value)
+    if _SEARCH.value:
+      fits = search(_CONFIG.value, target, _PROGRAM.value, options, _LIMIT.value, _OUTPUT.value)
+      sys.exit(0 if fits else 1)
     against = _COMPARE.value[0] if _COMPARE.value else ""
     fits = main(_CONFIG.value, target, _PROGRAM.value, options, _OUTPUT.value, _HLO.value, against)
     sys.exit(0 if fits else 1)

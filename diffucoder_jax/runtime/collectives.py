@@ -1,9 +1,10 @@
 """What a compiled program sends between devices: which collectives, how many bytes, over which links.
 
-Two shapes that XLA's TPU compiler gives to collectives need care. A reduce-scatter is a fusion in
+Three shapes that XLA's TPU compiler gives to collectives need care. A reduce-scatter is a fusion in
 which an all-reduce is cut by a dynamic-slice. An asynchronous all-gather appears in the fusion that
 starts it, in the fusions that run beside it and in the one that ends it, all with one `chain_id`; it
-is counted where it starts.
+is counted where it starts. With several slices the text is one slice's program, and what goes to the
+others is a `send` to the host, with the kind of transfer among its attributes.
 """
 
 import collections
@@ -19,6 +20,13 @@ KINDS = (
   "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
   "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+
+
+# What a send between slices does, by the name it has there; others move what they are given.
+TRANSFERS = {
+  "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+  "ALL_TO_ALL": "all-to-all",
+}  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -46,8 +54,10 @@ class Collective:
   Attributes:
     kind: one of `KINDS`. bytes: of the whole array on a device: what is gathered, or what goes into
       a reduction, an exchange or a permutation.
-    groups: device numbers (in the mesh's order) that work together; of a permutation, its pairs.
-    times: runs in one call of the program. where: the operation it comes from.
+    groups: device numbers (in the mesh's order) that work together; of a permutation, its pairs;
+      empty for a transfer between slices, through the hosts.
+    times: runs in one call of the program. where: the operation it comes from. scope: the
+      computation it stands in; permutations of one scope are in flight together.
   """
 
   kind: str
@@ -55,10 +65,11 @@ class Collective:
   groups: tuple[tuple[int, ...], ...]
   times: float
   where: str
+  scope: str = ""
 
   @property
   def group_size(self):
-    return max(map(len, self.groups))
+    return max(map(len, self.groups), default=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,6 +176,12 @@ def find(module, runs, devices):
       continue
     starts_chain = any("AsyncCollectiveStart" in one.attributes for one in computation)
     for one in computation:
+      transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+      if one.opcode == "send" and transfer:
+        kind = TRANSFERS.get(transfer.group(1), "collective-permute")
+        size = sum(x.bytes for x in computation.instructions[one.operands[0]].arrays)
+        found.append(Collective(kind, size, (), runs.times[name], one.op_name, name))
+        continue
       kind = one.opcode.removesuffix("-start")
       if kind not in KINDS or one.opcode.endswith("-done"):
         continue
@@ -179,7 +196,7 @@ def find(module, runs, devices):
       if not groups or max(map(len, groups)) < 2:
         continue
       size = _payload(kind, one, computation)
-      found.append(Collective(kind, size, groups, runs.times[name], one.op_name))
+      found.append(Collective(kind, size, groups, runs.times[name], one.op_name, name))
   return found
 
 
@@ -217,45 +234,60 @@ def _rate(places, torus):
   return rate or 6 * 2 * torus.link
 
 
-def _hops(a, b, torus):
-  """Links between two chips of a slice."""
-  hops = 0
-  for x, y, size, wraps in zip(a.coords, b.coords, torus.shape, torus.wrap, strict=True):
-    distance = abs(x - y)
-    hops += min(distance, size - distance) if wraps else distance
-  return hops
+def _route(a, b, torus):
+  """Links from chip to chip, (coordinates, axis, direction), axis by axis, the short way round."""
+  at, links = list(a.coords), []
+  for axis, (size, wraps) in enumerate(zip(torus.shape, torus.wrap, strict=True)):
+    distance = b.coords[axis] - at[axis]
+    if wraps and abs(distance) > size / 2:
+      distance -= int(math.copysign(size, distance))
+    step = 1 if distance > 0 else -1
+    for _ in range(abs(distance)):
+      links.append((tuple(at), axis, step))
+      at[axis] = (at[axis] + step) % size
+  return links
 
 
-def cost(one, places, torus):
+def permutation_seconds(bytes_and_pairs, places, torus):
+  """Seconds of permutations that are in flight together: those of the link that carries most."""
+  load = collections.Counter()
+  for size, pairs in bytes_and_pairs:
+    for a, b in pairs:
+      if places[a].slice == places[b].slice:
+        load.update({link: size for link in _route(places[a], places[b], torus)})
+  return max(load.values(), default=0.0) / torus.link
+
+
+def cost(one, places, torus, slices=1):
   """`Cost` of one run of a collective by the best algorithm for the links that it may use.
 
   An all-gather or reduce-scatter of V bytes over n devices moves V (n - 1) / n to each device, an
   all-reduce twice that. Groups that span s slices first work inside a slice, then each device
-  exchanges its part between the slices. A permutation counts its hops.
+  exchanges its part between the slices.
 
   Args:
-    one: `Collective`. places: list of `Place` by device number. torus: `Torus`.
+    one: `Collective`. places: list of `Place` by device number. torus: `Torus`. slices: int, how many.
   """
-  if one.kind == "collective-permute":
-    crossing = any(places[a].slice != places[b].slice for a, b in one.groups)
-    inside = [
-      (places[a], places[b]) for a, b in one.groups if places[a].slice == places[b].slice
-    ]  # fmt: skip
-    hops = np.mean([max(1, _hops(a, b, torus)) for a, b in inside]) if inside else 0.0
-    seconds = one.bytes * hops * torus.cores / (2 * torus.link)
-    return Cost(one.bytes if inside else 0.0, one.bytes if crossing else 0.0, seconds)
   factor = 2 if one.kind == "all-reduce" else 1
+  if not one.groups:
+    share = {"all-gather": slices - 1, "collective-permute": 1}.get(one.kind, (slices - 1) / slices)
+    return Cost(0.0, factor * share * one.bytes, 0.0)
+  if one.kind == "collective-permute":
+    inside = [pair for pair in one.groups if places[pair[0]].slice == places[pair[1]].slice]
+    crossing = len(inside) < len(one.groups)
+    seconds = permutation_seconds([(one.bytes, inside)], places, torus)
+    return Cost(one.bytes if inside else 0.0, one.bytes if crossing else 0.0, seconds)
   worst = Cost(0.0, 0.0, 0.0)
   for group in one.groups:
     by_slice = collections.defaultdict(list)
     for device in group:
       by_slice[places[device].slice].append(places[device])
-    slices, inside = len(by_slice), max(map(len, by_slice.values()))
+    parts, inside = len(by_slice), max(map(len, by_slice.values()))
     ici = factor * one.bytes * (inside - 1) / inside
-    dcn = factor * one.bytes / inside * (slices - 1) / slices
-    if one.kind in ("all-to-all", "ragged-all-to-all"):
+    dcn = factor * one.bytes / inside * (parts - 1) / parts
+    if "all-to-all" in one.kind:
       ici = one.bytes * (inside - 1) / len(group)
-      dcn = one.bytes * (slices - 1) / slices
+      dcn = one.bytes * (parts - 1) / parts
     rate = min(_rate(members, torus) for members in by_slice.values()) if inside > 1 else 1.0
     # What an exchange sends far passes more links than one: on a ring of n, n / 4 on average.
     detour = max(1.0, inside / 4) if "all-to-all" in one.kind else 1.0
@@ -274,20 +306,30 @@ class Totals(NamedTuple):
   ici_seconds: float = 0.0
 
 
-def totals(found, places, torus):
-  """{kind: `Totals`} of a list of `Collective`; and the list with each one's whole cost, largest first.
+def totals(found, places, torus, slices=1):
+  """What a list of `Collective` costs in one call of the program.
 
   Returns:
-    (by kind, [(`Collective`, `Totals`)]).
+    ({kind: `Totals`}, [(`Collective`, its own `Totals`)], the costliest first).
   """
-  by_kind, each = {}, []
-  costs = {}
+  together = collections.defaultdict(list)
+  for one in found:
+    if one.kind == "collective-permute" and one.groups:
+      together[one.scope].append((one.bytes, one.groups))
+  seconds_per_byte = {
+    scope: permutation_seconds(pairs, places, torus) / max(sum(size for size, _ in pairs), 1)
+    for scope, pairs in together.items()
+  }
+  by_kind, each, costs = {}, [], {}
   for one in found:
     shape = (one.kind, one.bytes, one.groups)
     if shape not in costs:
-      costs[shape] = cost(one, places, torus)
-    whole = Totals(one.times, *(one.times * x for x in costs[shape]))
+      costs[shape] = cost(one, places, torus, slices)
+    once = costs[shape]
+    if one.kind == "collective-permute" and one.groups:  # its part of what goes on together
+      once = once._replace(ici_seconds=one.bytes * seconds_per_byte[one.scope])
+    whole = Totals(one.times, *(one.times * x for x in once))
     each.append((one, whole))
     by_kind[one.kind] = Totals(*map(sum, zip(by_kind.get(one.kind, Totals()), whole, strict=True)))
-  each.sort(key=lambda pair: -(pair[1].ici_seconds + pair[1].dcn_bytes))
+  each.sort(key=lambda pair: (-pair[1].ici_seconds, -pair[1].dcn_bytes))
   return {kind: by_kind[kind] for kind in KINDS if kind in by_kind}, each
