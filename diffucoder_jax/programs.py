@@ -105,7 +105,7 @@ def _rounds(config, mesh, options):
   ckpt = pretrained.Pretrained(
     network(config, options.model), None, words, MASK, END_OF_TEXT, END_OF_TEXT, mesh
   )
-  return Rounds(config, ckpt, mesh, None, None, jax.random.key(config.seed))
+  return Rounds(config, ckpt, mesh, None, None, None)  # no prompts, sandbox or key: nothing runs
 
 
 def _scored_batch(rounds, mesh):
