@@ -227,7 +227,13 @@ def search(config, target, program, options, limit, output=""):
       prepared[remat] = PROGRAMS[program](changed(one), alone, options)
   first = prepared[model_config.remat]
   found = meshes.candidates(
-    model_config, len(devices), target.slices, first.rows, first.trains, list(prepared)
+    model_config,
+    len(devices),
+    target.slices,
+    first.rows,
+    first.trains,
+    list(prepared),
+    program == "train" and config.data.fill_batch,
   )
   if not found:
     print(

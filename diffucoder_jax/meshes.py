@@ -39,25 +39,28 @@ def _divisors(number):
   return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def candidates(config, devices, slices, rows, trains, remats):
+def candidates(config, devices, slices, rows, trains, remats, fill=False):
   """All `Candidate`s that the sizes allow.
 
   Args:
     config: `ModelConfig`. devices: int, of all slices. slices: int; `data` must hold them.
     rows: of the global batch. trains: whether micro-batches and remat policies matter.
-    remats: names of policies.
+    remats: names of policies. fill: whether rows of padding may fill the batch up.
   Returns:
     list; empty where no mesh divides the batch.
   """
   c, found = config, []
   for fsdp, tensor in itertools.product(_divisors(devices), repeat=2):
     data, rest = divmod(devices, fsdp * tensor)
-    if rest or not data or data % slices or c.embed_dim % fsdp or rows % (data * fsdp):
+    if rest or not data or data % slices or c.embed_dim % fsdp:
+      continue
+    placed = rows + (-rows % (data * fsdp) if fill else 0)
+    if placed % (data * fsdp):
       continue
     if any(size % tensor for size in (c.num_heads, c.num_kv_heads, c.mlp_dim, c.vocab_size)):
       continue
     mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    for accumulate in _divisors(rows // (data * fsdp)) if trains else [1]:
+    for accumulate in _divisors(placed // (data * fsdp)) if trains else [1]:
       for remat in remats if trains else [c.remat]:
         found.append(Candidate(mesh, accumulate, remat))
   return found

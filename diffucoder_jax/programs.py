@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffucoder_jax import completion, pretrained, train, train_grpo
+from diffucoder_jax.data import pipeline
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
@@ -83,9 +84,8 @@ def prepare_train(config, mesh, options):
   model = transformer.Transformer(model_config)
   tx, _ = optim.make_optimizer(config.optim)
   abstract, _ = train.initial_state(config, mesh, model, tx, _key())
-  rows, length, accumulate = (
-    config.data.global_batch, config.data.seq_len, config.optim.accumulate
-  )  # fmt: skip
+  rows = pipeline.placed_rows(config.data, sharding.batch_shards(mesh))
+  length, accumulate = config.data.seq_len, config.optim.accumulate
   fields = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32, maskable=bool)
   if config.data.source == "conversations":
     fields["prompt"] = bool
@@ -94,10 +94,11 @@ def prepare_train(config, mesh, options):
   # t is uniform in (0, 1): half of the tokens are masked and carry loss.
   share = 0.5 if objective.kind == "diffusion" else 1.0
   on_device = share * rows * length / sharding.batch_shards(mesh) / accumulate
-  return Prepared(
-    fn, (abstract, batch, _key()), cost.training(model_config, rows * length, length, share), rows,
-    length, accumulate, True, _loss_hints(model_config, on_device, LOSS_CHUNK),
-  )  # fmt: skip
+  work = cost.training(model_config, rows * length, length, share)
+  # Rows that only fill the batch up are computed and useless.
+  work = dataclasses.replace(work, useful=work.useful * config.data.global_batch / rows)
+  hints = _loss_hints(model_config, on_device, LOSS_CHUNK)
+  return Prepared(fn, (abstract, batch, _key()), work, rows, length, accumulate, True, hints)
 
 
 def _rounds(config, mesh, options):
