@@ -178,6 +178,9 @@ class Runs:
   assumed: tuple[str, ...]
 
 
+FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
+
+
 def _constant(computation, name):
   """The integer that an instruction is, through copies; None if it is none."""
   one = computation.instructions.get(name)
@@ -201,29 +204,32 @@ def _element(computation, name):
   return int(found.group(1)) if source.opcode == "parameter" else None
 
 
-def _inlined(module, computation, name):
-  """The comparison a condition returns, as (left, right, direction) or None; looks into a fusion.
-
-  A conjunction (a loop that also stops early) gives its comparison with a limit.
+def _comparison(module, computation, name):
+  """The comparison that a condition returns, or None: (left, right, direction), where a side is a pair
+  (computation, name). Looks into fusions; of a conjunction (a loop that may also stop early) it takes
+  the part that compares integers with a limit.
   """
   one = computation.instructions[name]
   if one.opcode == "compare":
+    left, right = ((computation, operand) for operand in one.operands)
     direction = re.search(r"direction=(\w+)", one.attributes).group(1)
-    return (*one.operands, direction)
-  if one.opcode == "and":
-    found = (_inlined(module, computation, operand) for operand in one.operands)
-    return next((x for x in found if x and x[2] in ("LT", "GT", "LE", "GE")), None)
+    whole = all(computation.instructions[x].arrays[0].dtype[0] in "su" for x in one.operands)
+    return (left, right, direction) if whole and direction in FLIPPED else None
+  if one.opcode in ("and", "bitcast", "copy", "convert"):
+    found = (_comparison(module, computation, operand) for operand in one.operands)
+    return next((x for x in found if x), None)
   if one.opcode == "fusion":
     inner = module.computations[one.called("calls")[0]]
-    found = _inlined(module, inner, inner.root)
+    found = _comparison(module, inner, inner.root)
     if found is None:
       return None
     outside = []
-    for operand in found[:2]:
-      instruction = inner.instructions[operand]
-      if instruction.opcode != "parameter":
-        return None
-      outside.append(one.operands[int(instruction.inside)])
+    for where, operand in found[:2]:
+      instruction = where.instructions[operand]
+      if where is inner and instruction.opcode == "parameter":
+        outside.append((computation, one.operands[int(instruction.inside)]))
+      else:
+        outside.append((where, operand))
     return (*outside, found[2])
   return None
 
@@ -255,22 +261,22 @@ def trips(module, computation, loop):
     return int(known.group(1))
   condition = module.computations[loop.called("condition")[0]]
   body = module.computations[loop.called("body")[0]]
-  found = _inlined(module, condition, condition.root)
+  found = _comparison(module, condition, condition.root)
   if found is None:
     return None
   left, right, direction = found
   if direction in ("GT", "GE"):  # limit > counter
-    left, right, direction = right, left, {"GT": "LT", "GE": "LE"}[direction]
-  index = _element(condition, left)
-  if index is None or direction not in ("LT", "LE"):
+    left, right, direction = right, left, FLIPPED[direction]
+  index = _element(*left)
+  if index is None:
     return None
   initial = computation.instructions[loop.operands[0]]
 
   def start_of(element):
     return _constant(computation, initial.operands[element]) if initial.opcode == "tuple" else None
 
-  limit = _constant(condition, right)
-  if limit is None and (element := _element(condition, right)) is not None:
+  limit = _constant(*right)
+  if limit is None and (element := _element(*right)) is not None:
     limit = start_of(element)  # an element that the loop carries along, if it is a constant
   if limit is None:
     return None
