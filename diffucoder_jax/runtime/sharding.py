@@ -70,7 +70,8 @@ def make_mesh(mesh_config, devices=None):
     mesh_config: mapping with the int sizes `data`, `fsdp`, `tensor`.
     devices: the devices to use; all of them when None.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the
+      number of TPU slices: only it may cross the network between them.
   """
   _enough_threads()  # for programs that make no use of `start_distributed`
   devices = jax.devices() if devices is None else devices
@@ -84,9 +85,45 @@ def make_mesh(mesh_config, devices=None):
       f"mesh ({asked}) does not fit {len(devices)} devices: the three sizes must multiply to "
       f"{len(devices)}; give at most one of them as -1 to fill it in"
     )
-  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  grid = _grid(sizes, devices)
   # Linen does not run on Explicit meshes (constraints become asserts), so every axis is Auto.
   return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(sizes, devices):
+  """The devices in the mesh's shape, slice by slice along `data`, neighbours next to each other.
+
+  Each process must hold one block of rows (`batch_shard`). The order that follows a torus's links
+  scatters them on most shapes (v5p-64, v6e-64); then devices go host by host, whose chips are
+  neighbours too. Collectives find their links by themselves.
+  """
+  slices = {}
+  for device in devices:
+    of_tpu = device.platform == "tpu"
+    slices.setdefault(getattr(device, "slice_index", 0) if of_tpu else 0, []).append(device)
+  if len(slices) > 1:
+    data, rest = divmod(sizes[0], len(slices))
+    if rest:
+      raise ValueError(
+        f"mesh data={sizes[0]} cannot be divided over {len(slices)} TPU slices; make it a multiple"
+      )
+    parts = [_grid((data, *sizes[1:]), slices[index]) for index in sorted(slices)]
+    return np.concatenate(parts)
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  held = {}  # {process: rows}
+  for row, group in enumerate(grid.reshape(-1, sizes[2])):
+    for device in group:
+      held.setdefault(device.process_index, set()).add(row)
+  if all(_is_block(sorted(rows), len(grid.reshape(-1, sizes[2]))) for rows in held.values()):
+    return grid
+  by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
+  return np.asarray(by_host).reshape(sizes)
+
+
+def _is_block(rows, count):
+  """Whether sorted row numbers are one of the equal blocks that `count` rows can be cut into."""
+  whole = rows == list(range(rows[0], rows[0] + len(rows)))
+  return whole and not rows[0] % len(rows) and not count % len(rows)
 
 
 def _mesh_axes(logical_axes):
@@ -185,7 +222,7 @@ def batch_shard(mesh):
   # One row per shard is enough to see who holds which part of the batch.
   held = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
   rows = sorted({(index[0].start or 0) for index in held})
-  if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows) or shards % len(rows):
+  if not _is_block(rows, shards):
     raise ValueError(
       f"this mesh gives process {jax.process_index()} the batch shards {rows}, which are not one "
       "block; choose mesh sizes so that each process holds neighbouring rows"

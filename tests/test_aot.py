@@ -1,0 +1,199 @@
+"""Ahead-of-time compilation for TPU slices: the search on paper, and the command itself."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffucoder_jax import meshes
+from diffucoder_jax.model import cost, transformer
+from diffucoder_jax.model.config import ModelConfig, preset
+from diffucoder_jax.runtime import topology
+from tests import tiny
+
+SEVEN = ModelConfig(**preset("diffucoder_7b"))
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(
+  not HAS_LIBTPU, reason="libtpu is not installed (pip install -e '.[tpu]')"
+)
+
+
+def aot(*arguments):
+  """Runs the command as a user would, without what this process has set for JAX."""
+  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_", "XLA_"))}
+  return subprocess.run(
+    [sys.executable, "-m", "diffucoder_jax.aot", *map(str, arguments)],
+    cwd=tiny.ROOT, env=env, capture_output=True, text=True,
+  )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# The search, without compiling
+
+
+def test_candidates_divide_everything():
+  """32 chips, 160 rows: `tensor` up to the 4 kv heads, data x fsdp a divisor of 160."""
+  found = meshes.candidates(SEVEN, 32, 1, 160, True, ["full", "dots"])
+  shapes = {tuple(one.mesh.values()) for one in found}
+  assert (1, 32, 1) in shapes and (2, 8, 2) in shapes and (8, 1, 4) in shapes
+  for data, fsdp, tensor in shapes:
+    assert data * fsdp * tensor == 32 and 160 % (data * fsdp) == 0 and tensor <= 4
+  mine = [
+    (one.accumulate, one.remat) for one in found if one.mesh == dict(data=1, fsdp=32, tensor=1)
+  ]
+  assert sorted(mine) == [(1, "dots"), (1, "full"), (5, "dots"), (5, "full")]
+  assert mine and found[0].changes.keys() == {
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "optim.accumulate", "model.remat"
+  }  # fmt: skip
+
+
+def test_256_chips_need_filled_batches():
+  """160 = 32 x 5 rows; 256 chips make at least 64 parts of a batch with 4 kv heads."""
+  assert meshes.candidates(SEVEN, 256, 1, 160, True, ["full"]) == []
+  found = meshes.candidates(SEVEN, 256, 1, 160, True, ["full"], fill=True)
+  assert {one.mesh["tensor"] for one in found} == {1, 2, 4}
+  # Two slices share `data`; without training there is nothing to choose but the mesh.
+  found = meshes.candidates(SEVEN, 64, 2, 128, False, ["full", "dots"])
+  assert all(one.mesh["data"] % 2 == 0 and one.accumulate == 1 for one in found)
+  assert len(found) == len({str(one) for one in found})
+
+
+def test_paper_is_below_what_was_compiled():
+  """v5p-64, 1 x 32 x 1: the compiler's peak was 13.8 GiB, its bound 3.7 s."""
+  found = meshes.candidates(SEVEN, 32, 1, 160, True, list(transformer.REMAT))
+  chip = topology.CHIPS["v5p"]
+  paper = {}
+  for one in found:
+    config = ModelConfig(**{**preset("diffucoder_7b"), "remat": one.remat})
+    work = cost.training(config, 160 * 4096, 4096, 0.5)
+    paper[str(one)] = meshes.on_paper(one, config, work, 4096, 160, True, chip, 32)
+  full = paper["1x32x1 accumulate 1 remat full"]
+  assert 5 * 2**30 < full.bytes < 13.8 * 2**30 and 2 < full.seconds < 3.7
+  assert paper["1x32x1 accumulate 1 remat dots"].bytes > 2 * full.bytes
+  assert paper["1x32x1 accumulate 1 remat dots"].seconds < full.seconds
+  assert paper["1x32x1 accumulate 5 remat full"].bytes < full.bytes
+  assert (
+    paper["8x1x4 accumulate 1 remat full"].bytes > full.bytes
+  )  # the state is not sharded as far
+
+
+def test_search_prunes_and_says_so():
+  """Candidates a to e: e is too large on paper, c and d cannot win once b is known."""
+  found = [meshes.Candidate(dict(data=i, fsdp=1, tensor=1), 1, "full") for i in range(5)]
+  seconds, compiled = [1.0, 1.25, 2.5, 5.0, 1.0], []
+
+  def try_one(one):
+    compiled.append(one.mesh["data"])
+    if one.mesh["data"] == 0:  # the fastest on paper turns out not to fit
+      return {"fits": False, "verdict": "does not fit, because a | b"}
+    roof = {"mfu": 0.5, "serial_mfu": 0.25, "limit": "hbm"}
+    memory = {"peak": 2.0**30, "spare": 0.5}
+    return {
+      "fits": True,
+      "verdict": "fits",
+      "rows_per_device": 1,
+      "memory": memory,
+      "roofline": roof,
+    }
+
+  def paper(one):
+    return meshes.Paper(3.0 if one.mesh["data"] == 4 else 1.0, seconds[one.mesh["data"]])
+
+  said = []
+  done, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 9, said.append)
+  assert compiled == [0, 1] and len(said) == 2
+  assert [one.mesh["data"] for one, _ in done] == [1, 0], "the best first"
+  assert left_out[0].startswith("1 of 5 need more than") and left_out[1].startswith(
+    "2 cannot reach"
+  )
+  assert meshes.table(done)[2].split(" | ")[5:8] == ["50%", "50.0%", "25.0%"]
+  assert "a / b" in meshes.table(done)[3]
+  compiled.clear()
+  _, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 1, said.append)
+  assert compiled == [0] and "3 were not compiled: the limit is 1" in left_out[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_it_names_the_remedy():
+  done = aot("--config=configs/tiny.py", "--topology=v5e-16")
+  assert done.returncode != 0 and "pip install -e '.[tpu]'" in done.stderr
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_command_compiles_and_compares(tmp_path):
+  """A small step for 16 chips and for two slices of them, end to end."""
+  small = ("--config=configs/tiny.py", "--config.data.global_batch=64", "--config.model.remat=full")
+  one, two = tmp_path / "one.json", tmp_path / "two.json"
+  done = aot(*small, "--topology=v5e-16", f"--output={one}", f"--hlo={tmp_path / 'hlo.txt'}")
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "fits: " in done.stdout and "MFU at most" in done.stdout
+  result = json.loads(one.read_text())
+  assert result["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1} and result["fits"]
+  assert "fsdp=16 leaves 4 rows of the width 64" in result["warnings"][0]
+  assert len(result["warnings"]) == 1, "nothing is rematerialised unasked"
+  assert result["compute"] == "bfloat16", "the CPU that compiles has no say"
+  assert 0 < result["memory"]["peak"] < result["memory"]["usable"] == 15.75 * 2**30
+  # Donated: the state is updated in place.
+  assert result["memory"]["aliased"] > 0.99 * result["memory"]["outputs"]
+  kinds = result["collectives"]
+  # Two layers: their matrices are gathered for the forward and the backward pass.
+  assert kinds["all-gather"]["count"] >= 2 * 2 and kinds["all-gather"]["ici_bytes"] > 0
+  assert all(kind["dcn_bytes"] == 0 for kind in kinds.values())
+  assert result["roofline"]["limit"] in ("compute", "hbm", "ici")
+  assert "HloModule" in (tmp_path / "hlo.txt").read_text()
+
+  done = aot(
+    *small, "--topology=2xv5e-16", "--config.mesh.data=2", "--config.mesh.fsdp=16",
+    f"--output={two}", f"--compare={one}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  kinds = json.loads(two.read_text())["collectives"]
+  # Each device's sixteenth of the gradients, at least, goes to the other slice once.
+  weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 2 * 512 * 64
+  assert kinds["all-reduce"]["dcn_bytes"] >= 2 * weights / 16
+  line = next(line for line in done.stdout.splitlines() if line.startswith("devices"))
+  assert line.split()[1:] == ["16", "32", "2.000"]
+  both = aot(f"--compare={one}", f"--compare={two}")
+  assert both.returncode == 0 and "collectives.all-reduce.dcn_bytes" in both.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("program", ["logps", "update", "rollout", "generate"])
+def test_the_other_programs_compile(program, tmp_path):
+  done = aot(
+    "--config=configs/quickstart_grpo.py", "--topology=v5e-16", f"--program={program}",
+    "--model=tiny", "--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+    "--config.optim.accumulate=1", f"--output={tmp_path / 'r.json'}", "--batch=3",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
+  result = json.loads((tmp_path / "r.json").read_text())
+  assert result["program"] == program and result["rows"] % 8 == 0
+  assert result["flops"]["executed"] >= result["flops"]["useful"] > 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_a_verdict(tmp_path):
+  """The 7B's state on 16 small chips leaves no room for ten rows; three rows no mesh divides."""
+  for rows, reason in (
+    (160, "RESOURCE_EXHAUSTED: Ran out of memory on HBM"),
+    (3, "has a dimension of 3"),
+  ):
+    done = aot(
+      "--config=configs/adapt_7b.py", "--topology=v5e-16", f"--config.data.global_batch={rows}",
+      f"--output={tmp_path / 'r.json'}",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr[-2000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert not result["fits"] and reason in result["verdict"]
+    assert result["verdict"].startswith("does not fit, because ")
