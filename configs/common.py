@@ -70,5 +70,7 @@ def base(model, **model_changes):
   c.eval = config_dict.create(
     every=1000, rows=64, draws=8, samples=0, sample_tokens=64, sample_steps=32
   )
+  # A process that finishes no step for so long ends, so that launchers start all again; 0: never.
+  c.hosts = config_dict.create(hang_seconds=1800.0)
   c.log = config_dict.create(every=10, tensorboard=False, wandb=False)
   return c

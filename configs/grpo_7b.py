@@ -20,7 +20,7 @@ def base():
   """All sections of a GRPO run: the released recipe's values."""
   full = common.base("tiny")
   c = config_dict.ConfigDict()
-  for name in ("seed", "init_from", "mesh", "optim", "checkpoint", "log"):
+  for name in ("seed", "init_from", "mesh", "optim", "checkpoint", "hosts", "log"):
     c[name] = full[name]
   # None: as the model to start from has it.
   c.model = config_dict.ConfigDict({

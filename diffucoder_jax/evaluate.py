@@ -21,11 +21,12 @@ from absl import logging
 
 from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion.sampler import SamplerConfig, save_trace
-from diffucoder_jax.evals import benchmarks, bounds, hosts, sample_log, sampling, scores, verdicts
+from diffucoder_jax.evals import benchmarks, bounds, sample_log, sampling, scores, verdicts
 from diffucoder_jax.evals import pins as pins_lib
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.pretrained import from_pretrained
-from diffucoder_jax.runtime import sharding
+from diffucoder_jax.runtime import checkpoint, hosts, sharding
+from diffucoder_jax.runtime import workdir as workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,9 @@ def run(
         print(
           f"{opened.name}: {len(found)} of {len(rows)} samples, {seconds:.0f} s", file=sys.stderr
         )
+      if len(found) < len(rows) and hosts.largest_everywhere(checkpoint.sigterm_came()):
+        logging.warning("preempted: %d samples are in %s; start the same command again", len(found), path)
+        sys.exit(hosts.PREEMPTED)
     if writer:
       writer.close()
     ordered = {
@@ -313,7 +317,7 @@ def main(args):
     return
   if not (args.benchmark and args.output) or bool(args.checkpoint) == bool(args.samples_file):
     raise ValueError("give --benchmark, --output, and either --checkpoint or --samples_file")
-  sharding.check_same_everywhere("the flags", json.dumps(vars(args), sort_keys=True))
+  hosts.check_same_everywhere({**hosts.versions(), **workdirs.flat(vars(args), "flag")})
   opened = benchmarks.open_benchmark(args.benchmark, args.data_path, args.accept_unknown_data)
   ways = opened.benchmark.asked
   how = "infill" if "infill" in ways else "chat" if args.chat or args.samples_file else "complete"
@@ -350,8 +354,9 @@ def main(args):
 
 if __name__ == "__main__":
   arguments = parse_arguments()
-  sharding.start_distributed()
+  hosts.start_distributed()
+  checkpoint.catch_sigterm(all_processes=True)
   try:
-    main(arguments)
+    hosts.together(main, arguments)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f"evaluate: {error}")

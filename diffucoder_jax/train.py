@@ -30,10 +30,8 @@ from diffucoder_jax.evals import held_out
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.config import ModelConfig, train_flops_per_token
 from diffucoder_jax.model.transformer import Transformer, init_params, output_matrix
-from diffucoder_jax.runtime import checkpoint, metrics, optim, sharding
+from diffucoder_jax.runtime import checkpoint, heartbeat, hosts, metrics, optim, sharding
 from diffucoder_jax.runtime import workdir as workdirs
-
-PREEMPTED = 42  # the exit code that tells launchers to start the same command again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +230,7 @@ def main(config, workdir):
     SystemExit: with code 42 after a preemption, when the state has been saved.
   """
   workdir = workdirs.absolute(workdir)
-  sharding.check_same_everywhere("the config", config.to_json_best_effort(sort_keys=True))
+  hosts.check_same_everywhere({**hosts.versions(), **workdirs.flat(config.to_dict(), "config")})
 
   # Where: devices and randomness.
   mesh = sharding.make_mesh(config.mesh)
@@ -247,6 +245,9 @@ def main(config, workdir):
   tokenizer = open_tokenizer(config)
   check_tokenizer(tokenizer, model.config, objective)
   corpus = corpora.open_corpus(config.data, tokenizer, config.seed)
+  hosts.check_same_everywhere(
+    {"the tokenizer": tokenizer.fingerprint(), "the text": corpus.fingerprint}
+  )
   placed_rows = pipeline.placed_rows(config.data, sharding.batch_shards(mesh))
   batches = pipeline.train_batches(
     corpus.train, config.data, config.seed, sharding.batch_shard(mesh), placed_rows
@@ -299,6 +300,7 @@ def main(config, workdir):
   flops_per_step = train_flops_per_token(model.config, config.data.seq_len) * tokens_per_step
   writer = metrics.Writer(workdir, start + 1, config.log)
   progress = metrics.Progress(config.optim.steps, start)
+  alive = heartbeat.Heartbeat(config.hosts.hang_seconds)
   # All at once: one by one they would queue up on the device, behind the step that is running.
   rates = jax.device_get(jax.vmap(learning_rate)(np.arange(config.optim.steps)))
   last_eval = None
@@ -315,14 +317,18 @@ def main(config, workdir):
     seconds = (clock[1] - last_time) / (step - last_step)
     row["tokens_per_second"] = tokens_per_step / seconds
     row["mfu"] = metrics.mfu(flops_per_step, seconds, jax.devices())
-    row |= pipeline.sources_seen(corpus.train, step * config.data.global_batch)
+    row |= pipeline.sources_seen(corpus.train, step * config.data.global_batch) | alive.report()
     progress.update(step, writer.write(step, row))
 
-  with manager, writer:  # which wait for a save in flight, however the loop ends
+  with alive, manager, writer:  # which wait for a save in flight, however the loop ends
     for step in range(start + 1, config.optim.steps + 1):
       fn = step_fn if step <= objective.anneal_steps else opened_fn
-      state, on_device = fn(state, sharding.put_batch(next(batches), mesh), data_key)
+      began = time.monotonic()
+      batch = sharding.put_batch(next(batches), mesh)
+      own = time.monotonic() - began
+      state, on_device = fn(state, batch, data_key)
       flush()
+      alive.beat(step, own)
       last = step == config.optim.steps
       if step % config.log.every == 0 or last:
         pending = (step, on_device)
@@ -340,6 +346,7 @@ def main(config, workdir):
           write_samples(ckpt, corpus.held_out, config.eval, workdir / "samples" / f"{step}.jsonl")
         seconds = time.monotonic() - began
         writer.write(step, {**row, **unigram, "eval/seconds": seconds})
+        alive.beat(step)
         clock = (clock[0], clock[1] + seconds)
       due = last or preempted
       if due or step % config.checkpoint.every == 0:
@@ -353,7 +360,7 @@ def main(config, workdir):
       if preempted and not last:
         manager.wait_until_finished()
         logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
-        sys.exit(PREEMPTED)
+        sys.exit(hosts.PREEMPTED)
     flush()
   return last_eval
 
@@ -371,7 +378,7 @@ if __name__ == "__main__":
   def _main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
-    sharding.start_distributed()
-    main(_CONFIG.value, _WORKDIR.value)
+    hosts.start_distributed()
+    hosts.together(main, _CONFIG.value, _WORKDIR.value)
 
   app.run(_main)

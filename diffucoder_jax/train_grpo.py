@@ -32,10 +32,8 @@ from diffucoder_jax.grpo import diagnostics, logps, masks, objective, rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
 from diffucoder_jax.model import lora
 from diffucoder_jax.model.transformer import Transformer, init_params, positions_of
-from diffucoder_jax.runtime import checkpoint, metrics, optim, sharding
+from diffucoder_jax.runtime import checkpoint, heartbeat, hosts, metrics, optim, sharding
 from diffucoder_jax.runtime import workdir as workdirs
-
-PREEMPTED = 42  # the exit code that tells launchers to start the same command again
 
 
 @flax.struct.dataclass
@@ -170,7 +168,7 @@ def main(config, workdir):
     SystemExit: with code 42 after a preemption, when the state has been saved.
   """
   workdir = workdirs.absolute(workdir)
-  sharding.check_same_everywhere("the config", config.to_json_best_effort(sort_keys=True))
+  hosts.check_same_everywhere({**hosts.versions(), **workdirs.flat(config.to_dict(), "config")})
 
   # Where: devices and randomness.
   mesh = sharding.make_mesh(config.mesh)
@@ -181,6 +179,10 @@ def main(config, workdir):
   # What: the policy, the problems, the sandbox, the optimiser.
   ckpt = open_policy(config.init_from, config.model, mesh, init_key)
   prompts, held_out = open_prompts(config, ckpt.tokenizer)
+  asked = [part.ids if part else None for part in (prompts, held_out)]
+  hosts.check_same_everywhere(
+    {"the tokenizer": ckpt.tokenizer.fingerprint(), "the problems": workdirs.crc(asked)}
+  )
   sandbox = Sandbox(limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe)
   logging.info("sandbox: level %s", sandbox.level)
   rounds = Rounds(config, ckpt, mesh, prompts, sandbox, round_key, arness.mean_arness)
@@ -206,6 +208,7 @@ def main(config, workdir):
   writer = metrics.Writer(workdir, start + 1 if start else 0, config.log)
   progress = metrics.Progress(config.optim.steps, start)
   alarm = diagnostics.Limits(**config.collapse)
+  alive = heartbeat.Heartbeat(config.hosts.hang_seconds)
   last_eval = {}
 
   def evaluate_now(step):
@@ -215,7 +218,7 @@ def main(config, workdir):
     writer.write(step, {**row, "eval/seconds": time.monotonic() - began})
     return row
 
-  with sandbox, manager, writer:
+  with alive, sandbox, manager, writer:
     if config.eval.every and start == 0:
       last_eval = evaluate_now(0)
     for step in range(start + 1, config.optim.steps + 1):
@@ -231,11 +234,14 @@ def main(config, workdir):
         state = state.replace(ref=move_ref(state.ref, optim.trained(state.params)))
       row |= {**jax.device_get(on_device), "learning_rate": float(rates[step - 1])}
       row["seconds/step"] = time.monotonic() - began
+      alive.beat(step, row.get("seconds/waiting_for_judge", 0.0))
+      row |= alive.report()
       progress.update(step, writer.write(step, row))
       check_collapse(workdir, writer, step, alarm, rounds.grpo)
       last = step == config.optim.steps
       if config.eval.every and (step % config.eval.every == 0 or last):
         last_eval = evaluate_now(step)
+        alive.beat(step)
       preempted = checkpoint.reached_preemption(manager, step)
       if last or preempted or step % config.checkpoint.every == 0:
         writer.flush()
@@ -244,7 +250,7 @@ def main(config, workdir):
       if preempted and not last:
         manager.wait_until_finished()
         logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
-        sys.exit(PREEMPTED)
+        sys.exit(hosts.PREEMPTED)
   return last_eval
 
 
@@ -323,7 +329,7 @@ def check_collapse(workdir, writer, step, limits, grpo):
     found = diagnostics.collapse(first, now, limits)
   for sentence in found:
     logging.warning("step %d: %s", step, sentence)
-  if sharding.largest_everywhere(len(found)) and grpo.on_collapse == "stop":
+  if hosts.largest_everywhere(len(found)) and grpo.on_collapse == "stop":
     raise SystemExit(f"stopped at step {step}: {'; '.join(found)}. See grpo.on_collapse")
 
 
@@ -367,12 +373,12 @@ if __name__ == "__main__":
   def _main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
-    sharding.start_distributed()
+    hosts.start_distributed()
     if _REPLAY.value:
       same, count = replay(_REPLAY.value)
       sys.exit(0 if same == count else 1)
     if not (_CONFIG.value and _WORKDIR.value):
       raise app.UsageError("give --config and --workdir, or --replay")
-    main(_CONFIG.value, _WORKDIR.value)
+    hosts.together(main, _CONFIG.value, _WORKDIR.value)
 
   app.run(_main)

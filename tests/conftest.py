@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-os.environ.setdefault("NPROC", "32")  # threads for eight fake devices; see sharding._enough_threads
+os.environ.setdefault("NPROC", "32")  # threads for eight fake devices; see hosts.enough_threads
 
 import jax
 import pytest

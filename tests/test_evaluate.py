@@ -17,6 +17,7 @@ from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion.sampler import SamplerConfig, load_trace
 from diffucoder_jax.evals import sample_log, scores, verdicts
 from diffucoder_jax.evals.verdicts import Verdict
+from diffucoder_jax.runtime import hosts
 from tests import tiny
 from tests.hf import folders
 from tests.test_processes import wait_for_both
@@ -246,6 +247,23 @@ def test_a_killed_evaluation_goes_on(whole, workdir, own, tmp_path):
   assert "12 of 12 samples" in done.stderr and "pass@2" in done.stdout
   assert path.read_bytes().startswith(kept) and samples(folder) == samples(whole[0])
   assert json.loads((folder / "results.json").read_text())["problems"] == whole[1]["problems"]
+
+
+def test_an_evaluation_that_is_told_to_end_goes_on(whole, workdir, own, tmp_path):
+  folder = tmp_path / "told"
+  path = folder / "samples.jsonl"
+  command = arguments(workdir, own, folder, "--batch_size", "1")
+  process = tiny.start("evaluate", command, tmp_path / "log")
+  seen = lambda: path.exists() and path.read_bytes().count(b"\n") >= 3  # noqa: E731
+  assert tiny.wait_until(seen, process), (tmp_path / "log").read_text()
+  process.send_signal(signal.SIGTERM)
+  assert process.wait() == hosts.PREEMPTED
+  kept = path.read_bytes()
+  assert kept.endswith(b"\n") and 3 <= kept.count(b"\n") < 12
+  assert f"preempted: {kept.count(bytes([10]))} samples are in" in (tmp_path / "log").read_text()
+  done = tiny.run("evaluate", command)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert path.read_bytes().startswith(kept) and samples(folder) == samples(whole[0])
 
 
 def test_two_processes_are_one(whole, workdir, own, tmp_path):

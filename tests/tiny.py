@@ -28,7 +28,7 @@ from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from diffucoder_jax.runtime import checkpoint, metrics, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Must be in the environment before JAX looks for devices; see `sharding._enough_threads`.
+# Must be in the environment before JAX looks for devices; see `hosts.enough_threads`.
 os.environ.setdefault("NPROC", "32")
 
 VOCABULARY = 400  # fewer than the tiny model's 512 rows, as with the published weights

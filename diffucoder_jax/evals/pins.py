@@ -9,8 +9,8 @@ import subprocess
 
 from absl import logging
 
-from diffucoder_jax.evals import hosts, sample_log, verdicts
-from diffucoder_jax.runtime import fingerprint, workdir
+from diffucoder_jax.evals import sample_log, verdicts
+from diffucoder_jax.runtime import fingerprint, hosts, workdir
 
 # What samples depend on: a folder of samples goes on with the same only.
 DRAWN_FROM = (

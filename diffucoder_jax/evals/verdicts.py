@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 
-from diffucoder_jax.evals import benchmarks, hosts, prompts
+from diffucoder_jax.evals import benchmarks, prompts
 from diffucoder_jax.execution.sandbox import Job, Limits
+from diffucoder_jax.runtime import hosts
 
 # One test of these benchmarks has all inputs of a problem. The slowest reference takes 9 s of
 # processor time; an answer that never ends takes it all.

@@ -16,7 +16,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.grpo import objective
 from diffucoder_jax.model.transformer import canvas_logits_fn
-from diffucoder_jax.runtime import sharding
+from diffucoder_jax.runtime import hosts, sharding
 
 LENGTH_STEP = 32  # prompts are padded to multiples of this, so that few programs are compiled
 SLOTS_STEP = 8
@@ -118,7 +118,7 @@ def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max
   Returns:
     `sampler.Trace` of this process's rows on the host, [rows, L]; L is `canvas_length`.
   """
-  longest = int(sharding.largest_everywhere(max(map(len, rows))))
+  longest = int(hosts.largest_everywhere(max(map(len, rows))))
   length = canvas_length(longest, max_prompt, config.max_new_tokens)
   canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, mask_id)
   placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)

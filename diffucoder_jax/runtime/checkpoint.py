@@ -347,18 +347,25 @@ def resume(manager, workdir, abstract_state, config):
   return None
 
 
-def catch_sigterm():
+def catch_sigterm(all_processes=False):
   """Lets `reached_preemption` see a SIGTERM where JAX's own service does not run (one process).
 
   The first SIGTERM is only noted; a second one ends the program.
+
+  Args: all_processes: also where there are several, for programs that ask `sigterm_came` instead.
   """
 
   def note(signum, frame):
     _sigterm.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-  if jax.process_count() == 1:
+  if all_processes or jax.process_count() == 1:
     signal.signal(signal.SIGTERM, note)
+
+
+def sigterm_came():
+  """Whether this process has been told to end; see `catch_sigterm`."""
+  return _sigterm.is_set()
 
 
 def reached_preemption(manager, step):

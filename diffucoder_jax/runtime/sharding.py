@@ -5,7 +5,6 @@ path. The user picks a parallelism by mesh shape alone.
 """
 
 import math
-import os
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from diffucoder_jax.runtime import hosts
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -25,37 +26,6 @@ RULES = (
   ("vocab", "tensor"),
   ("layers", None),
 )
-
-
-def start_distributed():
-  """Joins the processes of a pod when the launch script asked for it; call before any JAX work.
-
-  DIFFUCODER_MULTIHOST=1 is set by launch scripts. On TPU everything else is found by JAX; elsewhere
-  DIFFUCODER_COORDINATOR (host:port), DIFFUCODER_PROCESSES and DIFFUCODER_PROCESS say who is who.
-  Being explicit means that a misconfigured pod stops instead of training once per host.
-  """
-  _enough_threads()
-  if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
-    return
-  coordinator = os.environ.get("DIFFUCODER_COORDINATOR")
-  if coordinator is None:
-    jax.distributed.initialize()
-  else:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes=int(os.environ["DIFFUCODER_PROCESSES"]),
-      process_id=int(os.environ["DIFFUCODER_PROCESS"]),
-    )
-
-
-def _enough_threads():
-  """Gives XLA's thread pool on CPU more threads than there are fake devices.
-
-  It has one for each by default. Devices wait for each other inside these threads, so two
-  collectives in flight at once use them all up and the program hangs.
-  """
-  if jax.config.jax_num_cpu_devices > 1:
-    os.environ.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
 
 
 def is_main_process():
@@ -73,7 +43,7 @@ def make_mesh(mesh_config, devices=None):
     ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the
       number of TPU slices: only it may cross the network between them.
   """
-  _enough_threads()  # for programs that make no use of `start_distributed`
+  hosts.enough_threads()  # for programs that make no use of `start_distributed`
   devices = jax.devices() if devices is None else devices
   sizes = [int(mesh_config[axis]) for axis in AXES]
   known = math.prod(size for size in sizes if size != -1)
@@ -266,32 +236,6 @@ def all_rows(x, mesh):
   blocks, indices = multihost_utils.process_allgather((np.asarray(x), index))
   # Processes that differ along `tensor` only hold the same block: the first one counts.
   return np.concatenate([blocks[int(np.argmax(indices == i))] for i in range(count)])
-
-
-def largest_everywhere(value):
-  """The largest of the processes' numbers."""
-  if jax.process_count() == 1:
-    return value
-  from jax.experimental import multihost_utils
-
-  return np.max(multihost_utils.process_allgather(np.asarray(value)))
-
-
-def check_same_everywhere(name, value):
-  """Raises when processes disagree about `value` (a string), which would make them hang later."""
-  if jax.process_count() == 1:
-    return
-  from jax.experimental import multihost_utils
-
-  raw = np.frombuffer(value.encode(), np.uint8)
-  digest = np.asarray(
-    [len(raw), int(np.sum(raw.astype(np.int64) * np.arange(1, len(raw) + 1)) % (1 << 31))]
-  )
-  everywhere = np.asarray(multihost_utils.process_allgather(digest))
-  if (everywhere != everywhere[:1]).any():
-    raise ValueError(
-      f"processes disagree about {name}; start all of them with the same files and flags"
-    )
 
 
 def log_mesh(mesh):

@@ -7,8 +7,8 @@ import jax
 from absl import logging
 from etils import epath
 
-# A change in these sections cannot change what is learnt.
-HARMLESS = ("mesh", "log", "checkpoint", "eval")
+# A change in these sections, or of these keys, cannot change what is learnt.
+HARMLESS = ("mesh", "log", "checkpoint", "eval", "hosts", "data.fill_batch")
 ACCEPT = "--config.checkpoint.accept_changes=True"
 
 
@@ -29,12 +29,13 @@ def write_text(path, text):
   part.replace(path)
 
 
-def _flat(tree, prefix=""):
+def flat(tree, prefix=""):
+  """{dotted key: value} of nested dicts; `prefix` goes before each key."""
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   items = {}
   for key, value in tree.items():
-    items.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    items.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
   return items
 
 
@@ -44,7 +45,7 @@ def config_changes(saved, current):
   Returns:
     list of "dotted.key: saved -> current", sorted; "absent" stands for a key that is not there.
   """
-  saved, current = (_flat(json.loads(canonical(config))) for config in (saved, current))
+  saved, current = (flat(json.loads(canonical(config))) for config in (saved, current))
   show = lambda config, key: json.dumps(config[key]) if key in config else "absent"  # noqa: E731
   return [
     f"{key}: {show(saved, key)} -> {show(current, key)}"
@@ -59,7 +60,11 @@ def config_changes(saved, current):
 def check_config(saved, current, where):
   """Lets harmless and accepted changes pass with a line each; raises for all others."""
   changes = config_changes(saved, current)
-  harmful = [line for line in changes if line.split(":")[0].split(".")[0] not in HARMLESS]
+  harmful = [
+    line
+    for line in changes
+    if not {line.split(":")[0], line.split(":")[0].split(".")[0]} & {*HARMLESS}
+  ]
   if harmful and not current.get("checkpoint", {}).get("accept_changes", False):
     lines = "\n  ".join(harmful)
     raise ValueError(
@@ -81,8 +86,8 @@ def absolute(path):
 def claim_workdir(workdir, config):
   """Makes `workdir` this run's: writes config.json, or checks that the one there is of this run.
 
-  Call before anything else is written. Differences in the sections mesh, log, checkpoint and eval
-  are fine; config.json then follows the new config.
+  Call before anything else is written. Differences in what `HARMLESS` names are fine; config.json
+  then follows the new config.
 
   Args:
     workdir: path, also gs://.

@@ -1,0 +1,206 @@
+"""Real processes on loopback: what they tell each other, and how they end and start together."""
+
+import itertools
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from configs import sft_7b
+from diffucoder_jax.data.problems import write_problems
+from diffucoder_jax.data.toy_problems import make_problems
+from diffucoder_jax.runtime import heartbeat, hosts
+from tests import tiny
+
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
+STEPS = 40
+# Meshes of four devices over (data, fsdp, tensor).
+MESH = {"mesh.data": 2, "mesh.fsdp": 2}
+LONG = {**MESH, "optim.steps": STEPS, "checkpoint.every": 4, "eval.every": 20, "eval.rows": 8}
+
+
+class Pod:
+  """Processes of one run of `train`, `devices` each. `order`: which process is started as which."""
+
+  def __init__(self, arguments, folder, processes, devices=1, order=None):
+    common = {
+      "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{tiny.free_port()}",
+      "DIFFUCODER_PROCESSES": str(processes), **QUICK,
+    }  # fmt: skip
+    number = len(list(folder.glob("*.log")))
+    self.logs = [folder / f"{number + i}.log" for i in range(processes)]
+    self.processes = [None] * processes
+    for i in order or range(processes):
+      self.processes[i] = tiny.start(
+        "train", arguments, self.logs[i], devices=devices, DIFFUCODER_PROCESS=str(i), **common
+      )
+
+  def reach(self, workdir, step):
+    """Waits for a step to be on file."""
+    seen = lambda: tiny.last_row(workdir)["step"] >= step  # noqa: E731
+    assert tiny.wait_until(seen, self.processes[0]), self.text(0)[-4000:]
+
+  def signal(self, number, processes):
+    for i in processes:
+      self.processes[i].send_signal(number)
+
+  def wait(self, seconds=400):
+    """Exit codes; leaves no process behind."""
+    try:
+      end = time.monotonic() + seconds
+      return [each.wait(max(1, end - time.monotonic())) for each in self.processes]
+    finally:
+      for each in self.processes:
+        each.kill()
+
+  def text(self, i):
+    return pathlib.Path(self.logs[i]).read_text()
+
+
+@pytest.mark.slow
+def test_four_processes_through_everything(home, tmp_path):
+  """Killed twice and preempted, started again in another order and then as two on another mesh."""
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  arguments = lambda workdir, changes: tiny.flags(home, workdir, None, {**LONG, **changes})  # noqa: E731
+  pod = Pod(arguments(straight, {}), tmp_path, 4)
+  assert pod.wait() == [0] * 4, pod.text(0)[-4000:]
+  assert "4 process(es)" in pod.text(0)
+
+  for victim, step in ((2, 6), (0, 14)):  # 0 is the coordinator
+    pod = Pod(arguments(broken, {}), tmp_path, 4, order=[3, 1, 0, 2])
+    pod.reach(broken, step)
+    began = time.monotonic()
+    pod.signal(signal.SIGKILL, [victim])
+    codes = pod.wait()
+    assert time.monotonic() - began < 60
+    assert codes.pop(victim) == -signal.SIGKILL and codes == [hosts.LOST] * 3, codes
+    for i in {*range(4)} - {victim}:
+      assert "it lost the others" in pod.text(i) and "the last checkpoint" in pod.text(i)
+  pod = Pod(arguments(broken, {}), tmp_path, 4)
+  pod.reach(broken, 22)
+  pod.signal(signal.SIGTERM, range(4))
+  assert pod.wait() == [hosts.PREEMPTED] * 4, pod.text(0)[-4000:]
+  saved = tiny.steps_on_file(broken)[-1]
+  assert f"preempted: saved step {saved}" in pod.text(0) and 22 <= saved < STEPS
+  assert "continuing from checkpoint" in pod.text(0)
+
+  # As two processes on another mesh: the same rows and noise, other rounding.
+  other = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
+  pod = Pod(arguments(broken, other), tmp_path, 2, devices=2, order=[1, 0])
+  assert pod.wait() == [0] * 2, pod.text(0)[-4000:]
+  assert f"continuing from checkpoint {broken}/checkpoints/{saved}" in pod.text(0)
+  wanted, found = tiny.losses(straight), tiny.losses(broken)
+  assert list(found) == list(wanted) == list(range(1, STEPS + 1))
+  assert [found[i] for i in range(1, saved + 1)] == [wanted[i] for i in range(1, saved + 1)]
+  assert found == pytest.approx(wanted, rel=1e-5)
+
+  # And all of it as in one process.
+  alone = tmp_path / "alone"
+  done = tiny.run("train", arguments(alone, {}), devices=4, **QUICK)
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert tiny.losses(alone) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_tune_as_one_does(home, tmp_path):
+  """Stage 3: conversations, prompts that are noised in some rows, and a batch that is filled up."""
+  train, _ = make_problems(train=60, test=4)
+  write_problems(train, tmp_path / "problems.jsonl")
+  changes = {
+    "tokenizer": home.tokenizer, "data.path": tmp_path / "problems.jsonl", "data.seq_len": 256,
+    "data.global_batch": 6, "data.fill_batch": True, "mesh.data": 4, "optim.steps": 6,
+    "checkpoint.every": 6, "eval.every": 6, "objective.condition_steps": 4,
+  }  # fmt: skip
+  assert changes.keys() - {"tokenizer"} <= {*flat(sft_7b.get_config("tiny"))}
+  values = [f"--config.{key}={value}" for key, value in changes.items()]
+  one, two = ([f"--workdir={tmp_path / name}", "--config=configs/sft_7b.py:tiny", *values]
+              for name in ("one", "two"))  # fmt: skip
+  done = tiny.run("train", one, devices=4, **QUICK)
+  assert done.returncode == 0, done.stderr[-4000:]
+  pod = Pod(two, tmp_path, 2, devices=2)
+  assert pod.wait() == [0, 0], pod.text(0)[-4000:]
+  wanted, found = tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two")
+  assert len(found) == len(wanted)
+  for row, other in zip(found, wanted, strict=True):
+    own = {key: value for key, value in row.items() if not key.startswith("hosts/")}
+    assert own == pytest.approx(other, rel=1e-5)
+  assert any("hosts/own_seconds_slowest" in row for row in found)
+
+
+def flat(config):
+  """Dotted keys of a config."""
+  return [
+    ".".join(path) for path in itertools.chain.from_iterable(
+      [(name, key) for key in section] if hasattr(section, "items") else [(name,)]
+      for name, section in config.items()
+    )
+  ]  # fmt: skip
+
+
+HANGS = """
+import sys, time
+from diffucoder_jax.runtime.heartbeat import Heartbeat
+with Heartbeat(0.5) as alive:
+  for step in range(1, 4):
+    time.sleep(0.3)  # three steps take longer than the limit, one does not
+    alive.beat(step, 0.0)
+  print("alive", flush=True)
+  time.sleep(float(sys.argv[1]))
+print("the end", flush=True)
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "30"])
+def test_a_program_that_hangs_is_ended(tmp_path, seconds):
+  began = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", HANGS, seconds], cwd=tiny.ROOT, env=tiny.environment(),
+    capture_output=True, text=True, timeout=60,
+  )  # fmt: skip
+  assert "alive" in done.stdout
+  if seconds == "0":
+    assert done.returncode == 0 and "the end" in done.stdout
+    return
+  assert done.returncode == hosts.LOST and "the end" not in done.stdout
+  assert "hangs after step 3: nothing has finished for" in done.stderr
+  assert "most recent call first" in done.stderr and "time.sleep" not in done.stdout
+  assert time.monotonic() - began < 30
+
+
+def test_who_straggles():
+  assert not heartbeat.straggles([0.01, 0.02, 0.05, 0.03])  # nobody waits long for that
+  assert heartbeat.straggles([0.1, 0.1, 0.1, 0.5])
+  assert not heartbeat.straggles([0.4, 0.5, 0.5, 0.6])
+
+
+def test_a_straggler_is_named(monkeypatch, caplog):
+  alive = heartbeat.Heartbeat(0)
+  alive.beat(1, 0.9)
+  alive.beat(2, 0.7)
+  alive.beat(2)  # an evaluation, say
+  told = []
+  monkeypatch.setattr(hosts, "gather", lambda mine: told.append(mine) or [0.1, mine, 0.1])
+  assert alive.report() == pytest.approx({
+    "hosts/own_seconds": 1 / 3, "hosts/own_seconds_slowest": 0.8,
+  })  # fmt: skip
+  assert told == [0.8] and "process 1 is slow: it spends 0.80 s a step" in caplog.text
+  assert alive.own == alive.steps == 0
+
+
+def test_disagreement_is_named(monkeypatch):
+  hosts.check_same_everywhere({"anything": 1})  # one process agrees with itself
+  mine = {"config.seed": 1, "the code": "a", "the text": "x"}
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(hosts, "gather", lambda value: [value] * 3)
+  hosts.check_same_everywhere(mine)
+  monkeypatch.setattr(hosts, "gather", lambda value: [value, value, {**value, "the": 0}])
+  with pytest.raises(ValueError, match=r"about the \(here 'absent'; other than process 0: \[2\]"):
+    hosts.check_same_everywhere(mine)
+  other = lambda value: [value, {**value, "config.seed": 0}, value]  # noqa: E731
+  monkeypatch.setattr(hosts, "gather", other)
+  with pytest.raises(ValueError, match=r"disagree about config.seed \(here 1; other .*: \[1\]\)\. Start"):
+    hosts.check_same_everywhere(mine)
