@@ -1,6 +1,5 @@
 """Pods from nothing to their end in a world that is played by fake_cloud.py; commands run for real."""
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -34,9 +33,9 @@ def test_a_pod_from_nothing_to_its_end(launch):
   assert launch.workers() == ["idle"] * 4
 
   # On all workers, with their environment, in the code's folder, and once at a time.
-  command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(basename "$PWD") $1"; '
+  command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(cat ../data) $1"; '
              "while true; do sleep 0.05; done", "x", "a b")  # fmt: skip
-  code, text = launch("tpu.sh", "run", *command)
+  code, text = launch("tpu.sh", "run", *command, PREPARE='basename "$PWD" >../data')
   assert code == 0, text
   assert launch.workers() == ["running"] * 4
   code, text = launch("tpu.sh", "run", *command)
@@ -63,6 +62,10 @@ def test_every_ending_of_a_command_is_told(launch):
   )
   code, text = launch("tpu.sh", "stop", "--seconds=0")
   assert "SIGKILL" in text and launch.workers() == ["exited code=137"]
+
+  assert launch("tpu.sh", "run", "true", PREPARE="mount nothing")[0] == 0
+  launch.wait_for("exited code=1")
+  assert "PREPARE failed" in launch("tpu.sh", "logs")[1]
 
   # Nothing of a command stays behind; and what ends without a word is called lost.
   assert launch("tpu.sh", "run", "bash", "-c", "sleep 1234 & echo $! >../child; exit 3")[0] == 0
@@ -217,7 +220,7 @@ def test_a_preempted_run_is_made_again_and_resumes(launch, home, tmp_path):
   further = lambda: tiny.last_row(workdir)["step"] > killed  # noqa: E731
   assert tiny.wait_until(further, process, 300), said()
   (machine,) = launch.world.machines("adapt-7b")
-  os.kill(int((machine / "diffucoder" / "run" / "pid").read_text()), signal.SIGTERM)
+  fake_cloud.kill(machine, signal.SIGTERM)  # all processes, as a machine that shuts down does it
   assert tiny.wait(process, 300) == 0, said()
   text = log.read_text()
   assert "SUSPENDED" in text and text.count("queued-resources create") == 2
