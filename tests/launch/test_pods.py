@@ -40,6 +40,9 @@ def test_a_pod_from_nothing_to_its_end(launch):
   assert launch.workers() == ["running"] * 4
   code, text = launch("tpu.sh", "run", *command)
   assert code == 1 and "not started: a command is running" in text
+  script = machines[0] / "diffucoder" / "code" / "launch" / "worker.sh"  # two at the same time
+  second = subprocess.run(["bash", script, "start", "x", "true"], capture_output=True, text=True)
+  assert second.returncode == 1 and "a command is running already" in second.stderr
   code, text = launch("tpu.sh", "setup")
   assert code == 1 and "stop it first" in text
   code, text = launch("tpu.sh", "logs", "--node=1", "--worker=1", "--lines=1")
@@ -76,6 +79,8 @@ def test_every_ending_of_a_command_is_told(launch):
     assert time.monotonic() < end
   assert launch("tpu.sh", "run", "sleep", "1234")[0] == 0
   fake_cloud.kill(machine, signal.SIGKILL)
+  assert launch.workers() == ["lost"]
+  (machine / "diffucoder" / "run" / "pid").write_text(str(os.getpid()))  # its number was given away
   assert launch.workers() == ["lost"]
 
 
