@@ -199,6 +199,29 @@ def test_a_container_becomes_the_program(launch):
   assert text.split(maxsplit=1) == [str(process.pid), "1 ['a b']\n"]
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_flags_of_libtpu_come_from_the_package_where_it_has_them(launch, tmp_path, platform):
+  """`diffucoder_jax.runtime.flags` prints NAME=VALUE lines, quoted for a shell or not."""
+  code = tmp_path / "code"
+  (code / "launch").mkdir(parents=True)
+  shutil.copy(tiny.ROOT / "launch" / "worker.sh", code / "launch")
+  package = code / "diffucoder_jax" / "runtime"
+  package.mkdir(parents=True)
+  for path in (package.parent / "__init__.py", package / "__init__.py"):
+    path.write_text("")
+  fake_cloud.script(tmp_path / "bin" / "python", f'exec "{sys.executable}" "$@"')
+  show = "import os; print(os.environ.get('LIBTPU_INIT_ARGS'), os.environ.get('XLA_FLAGS'))"
+  command = ["bash", code / "launch" / "worker.sh", "exec", "python", "-c", show]
+  environment = {**launch.environment, "JAX_PLATFORMS": platform}
+  run = lambda: subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: E731
+  assert run().stdout == "None None\n"
+  (package / "flags.py").write_text(
+    "print(\"export LIBTPU_INIT_ARGS='--a=1 --b=2'\\nXLA_FLAGS=--c --d\")"
+  )
+  wanted = "--a=1 --b=2 --c --d\n" if platform == "tpu" else "None None\n"
+  assert run().stdout.splitlines(keepends=True)[-1] == wanted
+
+
 # --- A real training run.
 
 
