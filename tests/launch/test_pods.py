@@ -1,6 +1,8 @@
 """Pods from nothing to their end in a world that is played by fake_cloud.py; commands run for real."""
 
+import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,9 +217,8 @@ def test_flags_of_libtpu_come_from_the_package_where_it_has_them(launch, tmp_pat
   environment = {**launch.environment, "JAX_PLATFORMS": platform}
   run = lambda: subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: E731
   assert run().stdout == "None None\n"
-  (package / "flags.py").write_text(
-    "print(\"export LIBTPU_INIT_ARGS='--a=1 --b=2'\\nXLA_FLAGS=--c --d\")"
-  )
+  lines = "export LIBTPU_INIT_ARGS='--a=1 --b=2'\nXLA_FLAGS=--c --d"
+  (package / "flags.py").write_text(f'print("""{lines}""")')
   wanted = "--a=1 --b=2 --c --d\n" if platform == "tpu" else "None None\n"
   assert run().stdout.splitlines(keepends=True)[-1] == wanted
 
