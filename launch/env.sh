@@ -12,6 +12,8 @@
 #   BUCKET             gs://..., where compiled programs are kept between restarts   (none)
 #   SSH_VIA            external, internal or iap                     (external)
 #   EXTRAS             what pip installs of the project              (tpu,gcs)
+#   PREPARE            a line of shell that each worker runs, in the code's folder, before a command:
+#                      to mount or copy data; it runs again after every restart   (none)
 #   CLUSTER, IMAGE     of GKE, for xpk.sh: the cluster's name, the container's image
 # On macOS as well: nothing here needs more than bash 3.2.
 
@@ -25,6 +27,7 @@ RUNTIME_VERSION=${RUNTIME_VERSION:-}
 BUCKET=${BUCKET:-}
 SSH_VIA=${SSH_VIA:-external}
 EXTRAS=${EXTRAS:-tpu,gcs}
+PREPARE=${PREPARE:-}
 CLUSTER=${CLUSTER:-}
 IMAGE=${IMAGE:-}
 DRY_RUN=${DRY_RUN:-}

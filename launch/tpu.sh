@@ -136,20 +136,17 @@ setup() {
 }
 
 start() {
-  local line
+  local settings=()
   [ "${1:-}" != -- ] || shift
   [ $# -gt 0 ] || fail "run needs a command, such as: python -m diffucoder_jax.train --config=... --workdir=..."
   [[ $1 != -* ]] || fail "run does not know '$1'; the command comes last"
   ssh_flags
-  if [ -n "$BUCKET" ]; then # a program that is started again finds what it had compiled
-    line=$(quote env "JAX_COMPILATION_CACHE_DIR=${BUCKET%/}/compiled" bash "$WORKER" start "$(job_of "$@")" "$@")
-  else
-    line=$(quote bash "$WORKER" start "$(job_of "$@")" "$@")
-  fi
+  [ -z "$BUCKET" ] || settings+=("JAX_COMPILATION_CACHE_DIR=${BUCKET%/}/compiled") # restarts find it there
+  [ -z "$PREPARE" ] || settings+=("PREPARE=$PREPARE")
   # All or none: a command that still runs on one worker would be a second run in the same workdir.
   on_workers "test -e $WORKER || { echo \"\$(hostname): not set up; bash launch/tpu.sh setup\" >&2; exit 1; }; ! bash $WORKER status | grep ' running '" ||
     fail "not started: a command is running, or a worker could not be asked (above). bash launch/tpu.sh stop ends it"
-  on_workers "$line"
+  on_workers "$(quote env ${settings[@]+"${settings[@]}"} bash "$WORKER" start "$(job_of "$@")" "$@")"
 }
 
 status() {

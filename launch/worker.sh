@@ -87,7 +87,12 @@ supervise() {
   cd "$CODE"
   set_flags
   echo "== $(date -u +%FT%TZ) $(get job) at $(cat "$HERE/commit"): $*"
-  "$@" &
+  (
+    if [ -n "${PREPARE:-}" ]; then
+      bash -c "$PREPARE" || fail "PREPARE failed (exit code $?): $PREPARE"
+    fi
+    exec "$@"
+  ) &
   child=$!
   put "$RUN/birth" "$(birth "$child")"
   put "$RUN/pid" "$child"

@@ -1,5 +1,6 @@
 """What the launch scripts would run, as it is written down, and what they refuse."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -11,10 +12,11 @@ import pytest
 from tests import tiny
 
 HERE = pathlib.Path(__file__).parent
+SETTINGS = ("PROJECT", "ZONE", "NAME", "ACCELERATOR_TYPE", "CLUSTER", "IMAGE")
 TRAIN = "python -m diffucoder_jax.train --config=configs/adapt_7b.py --workdir=gs://B/adapt".split()
 
 MULTISLICE = {"SLICES": "2", "ACCELERATOR_TYPE": "v5e-256", "PROVISIONING": "reserved", "SSH_VIA": "iap",
-              "BUCKET": "gs://my-bucket/runs"}  # fmt: skip
+              "BUCKET": "gs://my-bucket/runs", "PREPARE": "mkdir -p ../data && mount 'a b'"}  # fmt: skip
 ODD = ["python", "-m", "diffucoder_jax.train", "--config.mesh=(2, 2)", "it's", '"$HOME"', "a;b"]
 DRY = {
   "create": ("tpu.sh", ["--dry-run", "create"], {}),
@@ -138,3 +140,45 @@ def test_the_real_gcloud_has_the_flags_that_are_used():
     ).stdout
     shown = re.sub(r"\x1b\[[0-9;]*m", "", shown) + " --project --format --quiet"  # of all commands
     assert not [flag for flag in flags if not re.search(rf"{flag}\b", shown)], command
+
+
+def readme_lines():
+  """The lines of launch/README.md's blocks, continued ones joined."""
+  text = (tiny.ROOT / "launch" / "README.md").read_text()
+  blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+  return [
+    line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()
+  ]
+
+
+def test_the_commands_of_the_readme_are_those_of_the_scripts(launch):
+  lines = [x for x in readme_lines() if x.startswith(("export ", "bash ")) or " bash launch/" in x]
+  commands = [x for x in lines if "bash launch/" in x]
+  assert len(commands) >= 14
+  launch.environment = {x: y for x, y in launch.environment.items() if x not in SETTINGS}
+  (launch.checkout / "launch" / "readme_lines.sh").write_text(
+    "set -euo pipefail\nexport DRY_RUN=1\n" + "\n".join(lines) + "\n"
+  )
+  code, text = launch("readme_lines.sh")
+  (launch.checkout / "launch" / "readme_lines.sh").unlink()
+  assert code == 0 and not launch.world.calls(), text
+  assert text.count("worker.sh start") == 5 and text.count("+ xpk workload create") == 1
+
+
+def test_the_programs_and_keys_of_the_readme_exist():
+  checked = 0
+  for line in readme_lines():
+    for name in re.findall(r"-m diffucoder_jax\.(\w+)", line):
+      assert (tiny.ROOT / "diffucoder_jax" / f"{name}.py").exists(), name
+    for path in re.findall(r"--config=(\S+)", line):
+      spec = importlib.util.spec_from_file_location("shown", tiny.ROOT / path)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+      known = module.get_config().copy_and_resolve_references()
+      for key in re.findall(r"--config\.([\w.]+)=", line):
+        part = known
+        for name in key.split("."):
+          assert name in part, f"{path} has no {key}"
+          part = part[name]
+        checked += 1
+  assert checked >= 14

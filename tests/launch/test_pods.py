@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,13 +35,16 @@ def test_a_pod_from_nothing_to_its_end(launch):
   assert launch.workers() == ["idle"] * 4
 
   # On all workers, with their environment, in the code's folder, and once at a time.
-  command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(basename "$PWD") $1"; '
+  command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(cat ../data) $1"; '
              "while true; do sleep 0.05; done", "x", "a b")  # fmt: skip
-  code, text = launch("tpu.sh", "run", *command)
+  code, text = launch("tpu.sh", "run", *command, PREPARE='basename "$PWD" >../data')
   assert code == 0, text
   assert launch.workers() == ["running"] * 4
   code, text = launch("tpu.sh", "run", *command)
   assert code == 1 and "not started: a command is running" in text
+  script = machines[0] / "diffucoder" / "code" / "launch" / "worker.sh"  # two at the same time
+  second = subprocess.run(["bash", script, "start", "x", "true"], capture_output=True, text=True)
+  assert second.returncode == 1 and "a command is running already" in second.stderr
   code, text = launch("tpu.sh", "setup")
   assert code == 1 and "stop it first" in text
   code, text = launch("tpu.sh", "logs", "--node=1", "--worker=1", "--lines=1")
@@ -64,6 +68,10 @@ def test_every_ending_of_a_command_is_told(launch):
   code, text = launch("tpu.sh", "stop", "--seconds=0")
   assert "SIGKILL" in text and launch.workers() == ["exited code=137"]
 
+  assert launch("tpu.sh", "run", "true", PREPARE="mount nothing")[0] == 0
+  launch.wait_for("exited code=1")
+  assert "PREPARE failed" in launch("tpu.sh", "logs")[1]
+
   # Nothing of a command stays behind; and what ends without a word is called lost.
   assert launch("tpu.sh", "run", "bash", "-c", "sleep 1234 & echo $! >../child; exit 3")[0] == 0
   launch.wait_for("exited code=3")
@@ -73,6 +81,8 @@ def test_every_ending_of_a_command_is_told(launch):
     assert time.monotonic() < end
   assert launch("tpu.sh", "run", "sleep", "1234")[0] == 0
   fake_cloud.kill(machine, signal.SIGKILL)
+  assert launch.workers() == ["lost"]
+  (machine / "diffucoder" / "run" / "pid").write_text(str(os.getpid()))  # its number was given away
   assert launch.workers() == ["lost"]
 
 
@@ -191,6 +201,28 @@ def test_a_container_becomes_the_program(launch):
   assert text.split(maxsplit=1) == [str(process.pid), "1 ['a b']\n"]
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_flags_of_libtpu_come_from_the_package_where_it_has_them(launch, tmp_path, platform):
+  """`diffucoder_jax.runtime.flags` prints NAME=VALUE lines, quoted for a shell or not."""
+  code = tmp_path / "code"
+  (code / "launch").mkdir(parents=True)
+  shutil.copy(tiny.ROOT / "launch" / "worker.sh", code / "launch")
+  package = code / "diffucoder_jax" / "runtime"
+  package.mkdir(parents=True)
+  for path in (package.parent / "__init__.py", package / "__init__.py"):
+    path.write_text("")
+  fake_cloud.script(tmp_path / "bin" / "python", f'exec "{sys.executable}" "$@"')
+  show = "import os; print(os.environ.get('LIBTPU_INIT_ARGS'), os.environ.get('XLA_FLAGS'))"
+  command = ["bash", code / "launch" / "worker.sh", "exec", "python", "-c", show]
+  environment = {**launch.environment, "JAX_PLATFORMS": platform}
+  run = lambda: subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: E731
+  assert run().stdout == "None None\n"
+  lines = "export LIBTPU_INIT_ARGS='--a=1 --b=2'\nXLA_FLAGS=--c --d"
+  (package / "flags.py").write_text(f'print("""{lines}""")')
+  wanted = "--a=1 --b=2 --c --d\n" if platform == "tpu" else "None None\n"
+  assert run().stdout.splitlines(keepends=True)[-1] == wanted
+
+
 # --- A real training run.
 
 
@@ -217,7 +249,7 @@ def test_a_preempted_run_is_made_again_and_resumes(launch, home, tmp_path):
   further = lambda: tiny.last_row(workdir)["step"] > killed  # noqa: E731
   assert tiny.wait_until(further, process, 300), said()
   (machine,) = launch.world.machines("adapt-7b")
-  os.kill(int((machine / "diffucoder" / "run" / "pid").read_text()), signal.SIGTERM)
+  fake_cloud.kill(machine, signal.SIGTERM)  # all processes, as a machine that shuts down does it
   assert tiny.wait(process, 300) == 0, said()
   text = log.read_text()
   assert "SUSPENDED" in text and text.count("queued-resources create") == 2
