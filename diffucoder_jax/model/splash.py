@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import PartitionSpec as P
 
+from diffucoder_jax.model import blockwise
 from diffucoder_jax.runtime.sharding import BATCH_AXES
 
 LANES = 128  # a vector register of a TPU is this wide, and a block of positions a multiple of it
@@ -20,8 +21,6 @@ MASKS = {
   "full": lambda length: kernels.FullMask((length, length)),
   "causal": lambda length: kernels.CausalMask((length, length)),
 }
-# The name under which a rematerialisation policy may keep what the backward pass reads.
-SAVED = "attention"
 
 
 def block_size(length):
@@ -100,4 +99,6 @@ def _kernel(kind, heads, block, blocks, interpret):
   )  # fmt: skip
   mask = kernels.MultiHeadMask([MASKS[kind](length)] * heads)
   make = functools.partial(kernels.make_splash_mha, head_shards=1, q_seq_shards=1)
-  return make(mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret)
+  return make(
+    mask, block_sizes=sizes, residual_checkpoint_name=blockwise.SAVED, interpret=interpret
+  )

@@ -53,6 +53,7 @@ def compare(length, heads, kv_heads, head_dim, kind, segments, dtype="float32"):
   "length, heads, kv_heads, kind, segments",
   [
     (37, 2, 1, "full", True),  # one block, which it fills in part; one head of keys for all
+    (100, 2, 2, "full", False),  # filled up without segments
     (128, 4, 2, "causal", False),
     pytest.param(128, 2, 2, "full", False, marks=pytest.mark.slow),
     pytest.param(200, 4, 2, "causal", True, marks=pytest.mark.slow),
