@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict shapes, and the golden data when it lies beside the project."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -35,6 +36,19 @@ def quick_compile():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def topology():
+  """A function from a topology's name to its TPUs, to compile for; they are not at hand."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install -e .[tpu]")
+  from jax.experimental import topologies
+
+  # Else a second process that compiles at the same time dies.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask the network where we are
+  return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 # What tests of the programs share. `tests.tiny` is imported late: it imports every program.

@@ -5,8 +5,10 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
+from absl import logging
 
-from diffucoder_jax.model import blockwise
+from diffucoder_jax.model import blockwise, splash
+from diffucoder_jax.runtime import sharding
 
 
 @flax.struct.dataclass
@@ -85,19 +87,68 @@ def rotate(x_BLHK, cos_BLk, sin_BLk):
   return rotated.astype(x_BLHK.dtype)
 
 
-def _xla(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
-  index = jnp.arange(q_BLHK.shape[1])
+def _mask(segment_ids_BL, pattern, length):
+  """bool, broadcastable to [B, 1, L, M], true where a query sees a key; None: everywhere."""
+  index = jnp.arange(length)
   seen_LM = visible(pattern, index[:, None], index[None, :])
   mask_B1LM = None if seen_LM is None else seen_LM[None, None]
   if segment_ids_BL is not None:
     query_segment, key_segment = segment_ids_BL[:, None, :, None], segment_ids_BL[:, None, None, :]
     same_B1LM = (query_segment == key_segment) & (key_segment > 0)
     mask_B1LM = same_B1LM if mask_B1LM is None else same_B1LM & mask_B1LM
+  return mask_B1LM
+
+
+def _xla(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
+  mask_B1LM = _mask(segment_ids_BL, pattern, q_BLHK.shape[1])
   return jax.nn.dot_product_attention(q_BLHK, k_BMJK, v_BMJK, mask=mask_B1LM, implementation="xla")
 
 
-# "xla" holds the scores of all pairs, "blockwise" those of one block of pairs at a time.
-IMPLEMENTATIONS = {"xla": _xla, "blockwise": functools.partial(blockwise.attend, visible)}
+_blockwise = functools.partial(blockwise.attend, visible)
+
+
+@functools.cache  # once for each reason
+def _say(name, reason):
+  logging.info("attention_impl %r: blockwise instead, because %s", name, reason)
+
+
+def _splash(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
+  reason = splash.refusal(sharding.platform(), pattern.kind)
+  if reason is None:
+    return splash.attend(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern)
+  _say("splash", reason)
+  return _blockwise(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern)
+
+
+def _cudnn(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern):
+  """cuDNN's flash attention, with who sees whom as one [B, 1, L, M] mask. Never run by us."""
+  platform, (*_, head_dim) = sharding.platform(), q_BLHK.shape
+  reason = None
+  if platform not in ("gpu", "cuda"):
+    reason = f"cuDNN is for NVIDIA GPUs, not for {platform}"
+  elif pattern.kind not in PATTERNS:
+    reason = f"its mask of the {pattern.kind} pattern would hold all pairs"
+  elif q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
+    reason = f"cuDNN has no {q_BLHK.dtype}"
+  elif head_dim > 128 or head_dim % 8:
+    reason = f"cuDNN has no heads of {head_dim}"
+  if reason is not None:
+    _say("cudnn", reason)
+    return _blockwise(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern)
+  mask_B1LM = None if segment_ids_BL is None else _mask(segment_ids_BL, FULL, q_BLHK.shape[1])
+  o_BLHK = jax.nn.dot_product_attention(
+    q_BLHK, k_BMJK, v_BMJK, mask=mask_B1LM, is_causal=pattern.kind == "causal",
+    implementation="cudnn",
+  )  # fmt: skip
+  if segment_ids_BL is None:
+    return o_BLHK
+  return jnp.where((segment_ids_BL > 0)[:, :, None, None], o_BLHK, 0)
+
+
+# "xla" holds the scores of all pairs, "blockwise" those of one block of pairs at a time, on any
+# device. "splash" (TPU) and "cudnn" (NVIDIA GPU) are their makers' kernels; where these cannot run,
+# a line in the log says so and why, and "blockwise" does it.
+IMPLEMENTATIONS = {"xla": _xla, "blockwise": _blockwise, "splash": _splash, "cudnn": _cudnn}
 
 
 def attend(q_BLHK, k_BMJK, v_BMJK, segment_ids_BL, pattern, implementation="xla"):

@@ -14,7 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+# The name by which a rematerialisation policy may keep the output and log-sums of a kernel.
+SAVED = "attention"
 LARGEST_BLOCK = 512
 # The score of a pair that may not meet. Finite, so that no difference of two scores is NaN.
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -95,6 +98,7 @@ def _forward(visible, q_SBJRK, k_SBJPK, v_SBJPK, segment_ids_SBP, pattern):
     return None, (o_BJRK, jnp.where(saw_BJR1, top_BJR1 + jnp.log(sum_BJR1), -HIDDEN))
 
   _, (o_SBJRK, logsum_SBJR1) = jax.lax.scan(query_block, None, (jnp.arange(blocks), q_SBJRK))
+  o_SBJRK, logsum_SBJR1 = checkpoint_name((o_SBJRK, logsum_SBJR1), SAVED)
   inputs = q_SBJRK, k_SBJPK, v_SBJPK, segment_ids_SBP, pattern
   return o_SBJRK, (*inputs, o_SBJRK, logsum_SBJR1)
 

@@ -9,18 +9,29 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from diffucoder_jax.model import attention, kv_cache
+from diffucoder_jax.model import attention, blockwise, embedding, kv_cache
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime.optim import ADAPTER
 from diffucoder_jax.runtime.sharding import batch_shards, constrain
 
-# What the backward pass keeps of each layer. "full" keeps nothing but the layer's input.
+# What the backward pass keeps of each layer, besides the layer's input; it makes the rest again.
+LAYER_INPUT = "layer_input"
+_policies = jax.checkpoint_policies
 REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+  "none": None,  # everything
+  "full": _policies.nothing_saveable,
+  # What the kernel's backward pass reads, so that attention itself is computed once; "xla" has no
+  # such thing, and does as with "full".
+  "attention": _policies.save_only_these_names(blockwise.SAVED),
+  "dots": _policies.dots_with_no_batch_dims_saveable,  # the projections' outputs
+  # Nothing on the device: the inputs wait in the host's memory.
+  "offload": _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device", offload_dst="pinned_host",
+  ),
+}  # fmt: skip
 
 
 def _weight(module, name, std, shape, axes):
@@ -155,6 +166,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached):
     c = self.config
+    x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
     h_BLD = RMSNorm(c, name="attn_norm")(x_BLD)
     inputs = h_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached
     o_BLD, fresh = Attention(c, name="attn")(*inputs)
@@ -236,10 +248,7 @@ class Transformer(nn.Module):
 
   def _lookup(self, embed_VD, tokens_BL):
     c = self.config
-    # Gather the rows' width over fsdp first: looking up in a table whose width is sharded like the
-    # batch would make XLA rematerialise the result.
-    embed_VD = constrain(embed_VD.astype(c.compute_dtype), "vocab", None)
-    x_BLD = jnp.take(embed_VD, tokens_BL, axis=0, mode="clip")
+    x_BLD = embedding.lookup(embed_VD, tokens_BL, c.compute_dtype)
     if c.frozen_input_id >= 0:
       frozen_BL1 = (tokens_BL == c.frozen_input_id)[:, :, None]
       x_BLD = jnp.where(frozen_BL1, jax.lax.stop_gradient(x_BLD), x_BLD)

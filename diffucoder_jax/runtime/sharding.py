@@ -96,6 +96,15 @@ def _is_block(rows, count):
   return whole and not rows[0] % len(rows) and not count % len(rows)
 
 
+def platform():
+  """What is compiled for, "tpu", "gpu" or "cpu": that of the mesh in force, else of this machine.
+
+  The two differ when a program is compiled here for a TPU elsewhere.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def _mesh_axes(logical_axes):
   known = dict(RULES)
   for axis in logical_axes:
