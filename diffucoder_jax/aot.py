@@ -14,21 +14,22 @@ because. Exit code: 0 it fits, 1 it does not or cannot be built.
 """
 
 import os
+import sys
 
 # Before JAX is imported: the CPU runs this program, and libtpu asks no metadata server who it is.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any value: the topology says which
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a second one beside this is welcome
+if "jax" not in sys.modules:
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: --topology says which
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a second one beside this is welcome
 
 import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
-import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -102,7 +103,8 @@ def analyse(config, target, program, options, hlo_path=""):
 
   Args:
     config: as the files in `configs/` make it. target: `topology.Topology`. program: key of
-      `PROGRAMS`. options: `model`, `batch`, `prompt_tokens`. hlo_path: file for the compiled text.
+      `PROGRAMS`. options: `model`, `batch`, `prompt_tokens`, and `compiler`, dict of XLA's options.
+    hlo_path: file for the compiled text.
   Returns:
     dict for JSON; "fits", "verdict", and the rest as far as compilation came.
   Raises:
@@ -126,13 +128,14 @@ def analyse(config, target, program, options, hlo_path=""):
       "rows_per_device": prepared.rows / shards / prepared.micro_batches,
       "remat": model_config.remat, "attention": model_config.attention_impl,
       "params": model_config.param_dtype, "compute": model_config.compute_dtype,
+      "xla": options.compiler,
       "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
       "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     began, reason = time.monotonic(), None
     try:
       with compiler_messages(messages):
-        compiled = lowered.compile()
+        compiled = lowered.compile(options.compiler)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
         raise
@@ -267,7 +270,7 @@ def main(config, target, program, options, output="", hlo_path="", against=""):
   Returns:
     whether it fits.
   """
-  result = attempt(config, target, program, options, hlo_path)
+  result = {"arguments": sys.argv[1:], **attempt(config, target, program, options, hlo_path)}
   print("\n".join(roofline.describe(result)), flush=True)
   if output:
     epath.Path(output).write_text(json.dumps(result, indent=1) + "\n")
@@ -285,6 +288,7 @@ if __name__ == "__main__":
   _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "generate: of the longest prompt")
   _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the result")
   _HLO = flags.DEFINE_string("hlo", "", "file for the compiled program's text")
+  _XLA = flags.DEFINE_multi_string("xla", [], "option of the compiler, name=value; may be repeated")
   _COMPARE = flags.DEFINE_multi_string(
     "compare", [], "JSON to compare with; twice: compare these two"
   )
@@ -301,7 +305,10 @@ if __name__ == "__main__":
     if not (_CONFIG.value and _TOPOLOGY.value):
       raise app.UsageError("give --config and --topology, or --compare twice")
     target = topology.parse(_TOPOLOGY.value)
-    options = SimpleNamespace(model=_MODEL.value, batch=_BATCH.value, prompt_tokens=_PROMPT.value)
+    options = SimpleNamespace(
+      model=_MODEL.value, batch=_BATCH.value, prompt_tokens=_PROMPT.value,
+      compiler=dict(one.split("=", 1) for one in _XLA.value),
+    )  # fmt: skip
     if _SEARCH.value:
       fits = search(_CONFIG.value, target, _PROGRAM.value, options, _LIMIT.value, _OUTPUT.value)
       sys.exit(0 if fits else 1)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from diffucoder_jax import meshes
 from diffucoder_jax.model import cost, transformer
 from diffucoder_jax.model.config import ModelConfig, preset
-from diffucoder_jax.runtime import topology
+from diffucoder_jax.runtime import sharding, topology
+from launch import aot_table
 from tests import tiny
 
 SEVEN = ModelConfig(**preset("diffucoder_7b"))
@@ -114,6 +116,57 @@ def test_search_prunes_and_says_so():
   compiled.clear()
   _, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 1, said.append)
   assert compiled == [0] and "3 were not compiled: the limit is 1" in left_out[1]
+
+
+def test_compilers_complaints_are_seen(capfd):
+  """C++ writes past Python's sys.stderr; lines are kept for the warnings and still shown."""
+  from diffucoder_jax import aot as program
+
+  found = []
+  with program.compiler_messages(found):
+    os.write(
+      2, b"W0 spmd.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot ...\n"
+    )
+  os.write(2, b"afterwards\n")
+  assert len(found) == 1 and capfd.readouterr().err.count("\n") == 2
+  mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
+  lines = program.warnings_of(SEVEN, mesh, found)
+  assert len(lines) == 1 and lines[0].startswith("1 involuntary full rematerialisation(s)")
+  assert program.warnings_of(SEVEN, mesh, []) == [], "3584 / 8 is a multiple of 16"
+
+
+def test_the_table_knows_its_cells(tmp_path, capsys):
+  """25 cells, of which some can be chosen; only what is missing or was made otherwise is run again."""
+  assert len(list(aot_table.cells([], []))) == 25
+  assert aot_table.main([f"--output={tmp_path}", "--only=sft", "--only=v5e-256", "--print"]) == 0
+  words = shlex.split(capsys.readouterr().out)
+  assert words[:3] == ["python", "-m", "diffucoder_jax.aot"] and "--config.mesh.fsdp=32" in words
+  ((name, _, _, arguments),) = aot_table.cells(["sft", "v5e-256"], ["--xla=a=1"])
+  assert arguments[-1] == "--xla=a=1"
+  path = tmp_path / f"{name}.json"
+  assert not aot_table.is_done(path, arguments)
+  path.write_text(json.dumps({"arguments": [*arguments, f"--output={path}"]}))
+  assert aot_table.is_done(path, arguments) and not aot_table.is_done(path, arguments[:-1])
+
+
+def test_the_tables_meshes_divide_their_batches():
+  """And leave fsdp shards whose gradients scatter: 3584 / fsdp a multiple of 16."""
+  for name, _, tpu, arguments in aot_table.cells([], []):
+    config = next(
+      word.split("/")[1][:-3] for word in arguments if word.startswith("--config=configs/")
+    )
+    c = importlib.import_module(f"configs.{config}").get_config()
+    changes = dict(
+      w.removeprefix("--config.").split("=") for w in arguments if "--config." in w and "=" in w
+    )
+    data, fsdp, tensor = (int(changes[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
+    assert data * fsdp * tensor == topology.parse(tpu).num_devices, name
+    assert 3584 // fsdp % 16 == 0 and 4 % tensor == 0, name
+    if "grpo" in c:
+      rows = int(changes.get("grpo.prompts", c.grpo.prompts)) * c.grpo.num_generations
+    else:
+      rows = c.data.global_batch
+    assert "data.fill_batch" in changes or rows % (data * fsdp) == 0, name
 
 
 # ---------------------------------------------------------------------------------------------
