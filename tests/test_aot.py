@@ -152,13 +152,10 @@ def test_the_table_knows_its_cells(tmp_path, capsys):
 def test_the_tables_meshes_divide_their_batches():
   """And leave fsdp shards whose gradients scatter: 3584 / fsdp a multiple of 16."""
   for name, _, tpu, arguments in aot_table.cells([], []):
-    config = next(
-      word.split("/")[1][:-3] for word in arguments if word.startswith("--config=configs/")
-    )
-    c = importlib.import_module(f"configs.{config}").get_config()
-    changes = dict(
-      w.removeprefix("--config.").split("=") for w in arguments if "--config." in w and "=" in w
-    )
+    flags = dict(word.removeprefix("--").partition("=")[::2] for word in arguments)
+    config = flags.pop("config").removesuffix(".py").replace("/", ".")
+    c = importlib.import_module(config).get_config()
+    changes = {key.removeprefix("config."): value for key, value in flags.items()}
     data, fsdp, tensor = (int(changes[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
     assert data * fsdp * tensor == topology.parse(tpu).num_devices, name
     assert 3584 // fsdp % 16 == 0 and 4 % tensor == 0, name
