@@ -244,8 +244,17 @@ def search(config, target, program, options, limit, output=""):
       "heads; choose another number of rows"
     )
     return False
+  rows = []
+
+  def try_one(one):
+    result = attempt(changed(one), target, program, options)
+    rows.append({"changes": one.changes, **result})
+    if output:  # after each, for a search takes long
+      epath.Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+    return result
+
   done, left_out = meshes.search(
-    lambda one: attempt(changed(one), target, program, options),
+    try_one,
     found,
     lambda one: meshes.on_paper(
       one, model_config, prepared[one.remat].work, first.length, first.rows, first.trains, chip,
@@ -255,9 +264,6 @@ def search(config, target, program, options, limit, output=""):
     lambda line: print(line, flush=True),
   )  # fmt: skip
   print("\n".join(["", *meshes.table(done), "", *left_out]))
-  if output:
-    rows = [{"changes": one.changes, **result} for one, result in done]
-    epath.Path(output).write_text(json.dumps(rows, indent=1) + "\n")
   return any(result["fits"] for _, result in done)
 
 
@@ -293,7 +299,7 @@ if __name__ == "__main__":
     "compare", [], "JSON to compare with; twice: compare these two"
   )
   _SEARCH = flags.DEFINE_bool("search", False, "try meshes, micro-batches and remat policies")
-  _LIMIT = flags.DEFINE_integer("search_limit", 12, "how many of them to compile")
+  _LIMIT = flags.DEFINE_integer("search_limit", 8, "how many that fit to compile")
 
   def _main(argv):
     if len(argv) > 1:

@@ -113,7 +113,7 @@ def search(try_one, found, paper, usable, useful_seconds, limit, say=print):
   Args:
     try_one: Candidate -> result as `aot.attempt` gives it. found: list of `Candidate`.
     paper: Candidate -> `Paper`. usable: bytes of HBM. useful_seconds: of the model's own FLOPs at
-      the peak. limit: how many to compile. say: gets a line for each.
+      the peak. limit: how many that fit to compile. say: gets a line for each.
   Returns:
     ([(Candidate, result)], best first; lines about what was left out).
   """
@@ -130,23 +130,32 @@ def search(try_one, found, paper, usable, useful_seconds, limit, say=print):
   order = sorted(
     small, key=lambda one: (reckoned[str(one)].seconds, one.accumulate, reckoned[str(one)].bytes)
   )
-  done, best, slower = [], 0.0, 0
+  done, best, slower, larger, too_large = [], 0.0, 0, 0, {}
   for i, one in enumerate(order):
-    bound = useful_seconds / reckoned[str(one)].seconds
-    if bound <= best:
+    needs, seconds = reckoned[str(one)]
+    if useful_seconds / seconds <= best:
       slower += 1
       continue
-    if len(done) == limit:
+    if needs >= too_large.get(one.remat, float("inf")):
+      larger += 1
+      continue
+    if sum(result["fits"] for _, result in done) == limit:
       left_out.append(
-        f"{len(order) - i - slower} were not compiled: the limit is {limit}; on paper the best of them "
-        f"has {bound:.1%}"
+        f"up to {len(order) - i} were not compiled: the limit is {limit}; on paper the best of them has "
+        f"{useful_seconds / seconds:.1%}"
       )
       break
     result = try_one(one)
     done.append((one, result))
     if result["fits"]:
       best = max(best, result["roofline"]["mfu"])
+    else:
+      too_large[one.remat] = needs
     say(f"{one}: {result['verdict'][:160]}")
+  if larger:
+    left_out.append(
+      f"{larger} need on paper no less than one with the same remat policy that did not fit"
+    )
   if slower:
     left_out.append(f"{slower} cannot reach the best bound found, even on paper")
   done.sort(key=lambda pair: -pair[1]["roofline"]["mfu"] if pair[1]["fits"] else 0.0)

@@ -83,13 +83,21 @@ def test_paper_is_below_what_was_compiled():
 
 
 def test_search_prunes_and_says_so():
-  """Candidates a to e: e is too large on paper, c and d cannot win once b is known."""
-  found = [meshes.Candidate(dict(data=i, fsdp=1, tensor=1), 1, "full") for i in range(5)]
-  seconds, compiled = [1.0, 1.25, 2.5, 5.0, 1.0], []
+  """Of seven, f is too large on paper, a does not fit and b needs as much; d and e cannot beat c."""
+  names = "abcdefg"
+  needs = dict(zip(names, (1.5, 1.5, 1.0, 1.0, 1.0, 3.0, 1.5), strict=True))
+  seconds = dict(zip(names, (1.0, 1.1, 1.25, 2.5, 5.0, 1.0, 1.3), strict=True))
+  remats = dict.fromkeys(names, "full") | {"g": "dots"}
+  found = [
+    meshes.Candidate(dict(data=i, fsdp=1, tensor=1), 1, remats[name])
+    for i, name in enumerate(names)
+  ]  # fmt: skip
+  name_of = lambda one: names[one.mesh["data"]]  # noqa: E731
+  compiled, said = [], []
 
   def try_one(one):
-    compiled.append(one.mesh["data"])
-    if one.mesh["data"] == 0:  # the fastest on paper turns out not to fit
+    compiled.append(name_of(one))
+    if name_of(one) == "a":  # the fastest on paper
       return {"fits": False, "verdict": "does not fit, because a | b"}
     roof = {"mfu": 0.5, "serial_mfu": 0.25, "limit": "hbm"}
     memory = {"peak": 2.0**30, "spare": 0.5}
@@ -101,21 +109,17 @@ def test_search_prunes_and_says_so():
       "roofline": roof,
     }
 
-  def paper(one):
-    return meshes.Paper(3.0 if one.mesh["data"] == 4 else 1.0, seconds[one.mesh["data"]])
-
-  said = []
+  paper = lambda one: meshes.Paper(needs[name_of(one)], seconds[name_of(one)])  # noqa: E731
   done, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 9, said.append)
-  assert compiled == [0, 1] and len(said) == 2
-  assert [one.mesh["data"] for one, _ in done] == [1, 0], "the best first"
-  assert left_out[0].startswith("1 of 5 need more than") and left_out[1].startswith(
-    "2 cannot reach"
-  )
+  assert compiled == ["a", "c", "g"] and len(said) == 3
+  assert [name_of(one) for one, _ in done] == ["c", "g", "a"], "the best first"
+  assert [line.split(" ")[0] for line in left_out] == ["1", "1", "2"]
+  assert "more than" in left_out[0] and "no less" in left_out[1] and "cannot reach" in left_out[2]
   assert meshes.table(done)[2].split(" | ")[5:8] == ["50%", "50.0%", "25.0%"]
-  assert "a / b" in meshes.table(done)[3]
+  assert "a / b" in meshes.table(done)[4]
   compiled.clear()
   _, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 1, said.append)
-  assert compiled == [0] and "3 were not compiled: the limit is 1" in left_out[1]
+  assert compiled == ["a", "c"] and "up to 3 were not compiled: the limit is 1" in left_out[1]
 
 
 def test_compilers_complaints_are_seen(capfd):
