@@ -66,14 +66,20 @@ def candidates(config, devices, slices, rows, trains, remats, fill=False):
   return found
 
 
-# Elements that a layer's backward pass finds kept, of one token: its input, and with "dots" what the
-# projections gave.
 def _kept(config, remat, tensor):
+  """Elements of one token that a layer keeps for its backward pass, at least: its input, and what the
+  policy adds."""
   c = config
-  projected = ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.mlp_dim) / tensor
-  extra = {"full": 0.0, "dots": projected + 2 * c.embed_dim}
-  everything = projected + 6 * c.embed_dim + (2 * c.num_heads * c.head_dim + c.mlp_dim) / tensor
-  return c.embed_dim + extra.get(remat, 0.0 if remat != "none" else everything)
+  heads, kv = (n * c.head_dim / tensor for n in (c.num_heads, c.num_kv_heads))
+  mlp = c.mlp_dim / tensor
+  extra = {
+    "full": 0.0,
+    "offload": -c.embed_dim,  # to the host
+    "attention": 2 * heads + 2 * kv,
+    "dots": heads + 2 * kv + 2 * mlp + 2 * c.embed_dim,
+    "none": 3 * heads + 4 * kv + 3 * mlp + 5 * c.embed_dim,
+  }
+  return c.embed_dim + extra.get(remat, 0.0)
 
 
 def on_paper(one, config, work, length, rows, trains, chip, devices):
