@@ -14,21 +14,22 @@ because. Exit code: 0 it fits, 1 it does not or cannot be built.
 """
 
 import os
+import sys
 
 # Before JAX is imported: the CPU runs this program, and libtpu asks no metadata server who it is.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any value: the topology says which
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a second one beside this is welcome
+if "jax" not in sys.modules:
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: --topology says which
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a second one beside this is welcome
 
 import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
-import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -102,7 +103,8 @@ def analyse(config, target, program, options, hlo_path=""):
 
   Args:
     config: as the files in `configs/` make it. target: `topology.Topology`. program: key of
-      `PROGRAMS`. options: `model`, `batch`, `prompt_tokens`. hlo_path: file for the compiled text.
+      `PROGRAMS`. options: `model`, `batch`, `prompt_tokens`, and `compiler`, dict of XLA's options.
+    hlo_path: file for the compiled text.
   Returns:
     dict for JSON; "fits", "verdict", and the rest as far as compilation came.
   Raises:
@@ -126,13 +128,14 @@ def analyse(config, target, program, options, hlo_path=""):
       "rows_per_device": prepared.rows / shards / prepared.micro_batches,
       "remat": model_config.remat, "attention": model_config.attention_impl,
       "params": model_config.param_dtype, "compute": model_config.compute_dtype,
+      "xla": options.compiler,
       "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
       "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     began, reason = time.monotonic(), None
     try:
       with compiler_messages(messages):
-        compiled = lowered.compile()
+        compiled = lowered.compile(options.compiler)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
         raise
@@ -241,8 +244,17 @@ def search(config, target, program, options, limit, output=""):
       "heads; choose another number of rows"
     )
     return False
+  rows = []
+
+  def try_one(one):
+    result = attempt(changed(one), target, program, options)
+    rows.append({"changes": one.changes, **result})
+    if output:  # after each, for a search takes long
+      epath.Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+    return result
+
   done, left_out = meshes.search(
-    lambda one: attempt(changed(one), target, program, options),
+    try_one,
     found,
     lambda one: meshes.on_paper(
       one, model_config, prepared[one.remat].work, first.length, first.rows, first.trains, chip,
@@ -252,9 +264,6 @@ def search(config, target, program, options, limit, output=""):
     lambda line: print(line, flush=True),
   )  # fmt: skip
   print("\n".join(["", *meshes.table(done), "", *left_out]))
-  if output:
-    rows = [{"changes": one.changes, **result} for one, result in done]
-    epath.Path(output).write_text(json.dumps(rows, indent=1) + "\n")
   return any(result["fits"] for _, result in done)
 
 
@@ -267,7 +276,7 @@ def main(config, target, program, options, output="", hlo_path="", against=""):
   Returns:
     whether it fits.
   """
-  result = attempt(config, target, program, options, hlo_path)
+  result = {"arguments": sys.argv[1:], **attempt(config, target, program, options, hlo_path)}
   print("\n".join(roofline.describe(result)), flush=True)
   if output:
     epath.Path(output).write_text(json.dumps(result, indent=1) + "\n")
@@ -285,11 +294,12 @@ if __name__ == "__main__":
   _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "generate: of the longest prompt")
   _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the result")
   _HLO = flags.DEFINE_string("hlo", "", "file for the compiled program's text")
+  _XLA = flags.DEFINE_multi_string("xla", [], "option of the compiler, name=value; may be repeated")
   _COMPARE = flags.DEFINE_multi_string(
     "compare", [], "JSON to compare with; twice: compare these two"
   )
   _SEARCH = flags.DEFINE_bool("search", False, "try meshes, micro-batches and remat policies")
-  _LIMIT = flags.DEFINE_integer("search_limit", 12, "how many of them to compile")
+  _LIMIT = flags.DEFINE_integer("search_limit", 8, "how many that fit to compile")
 
   def _main(argv):
     if len(argv) > 1:
@@ -301,7 +311,10 @@ if __name__ == "__main__":
     if not (_CONFIG.value and _TOPOLOGY.value):
       raise app.UsageError("give --config and --topology, or --compare twice")
     target = topology.parse(_TOPOLOGY.value)
-    options = SimpleNamespace(model=_MODEL.value, batch=_BATCH.value, prompt_tokens=_PROMPT.value)
+    options = SimpleNamespace(
+      model=_MODEL.value, batch=_BATCH.value, prompt_tokens=_PROMPT.value,
+      compiler=dict(one.split("=", 1) for one in _XLA.value),
+    )  # fmt: skip
     if _SEARCH.value:
       fits = search(_CONFIG.value, target, _PROGRAM.value, options, _LIMIT.value, _OUTPUT.value)
       sys.exit(0 if fits else 1)

@@ -66,14 +66,20 @@ def candidates(config, devices, slices, rows, trains, remats, fill=False):
   return found
 
 
-# Elements that a layer's backward pass finds kept, of one token: its input, and with "dots" what the
-# projections gave.
 def _kept(config, remat, tensor):
+  """Elements of one token that a layer keeps for its backward pass, at least: its input, and what the
+  policy adds."""
   c = config
-  projected = ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.mlp_dim) / tensor
-  extra = {"full": 0.0, "dots": projected + 2 * c.embed_dim}
-  everything = projected + 6 * c.embed_dim + (2 * c.num_heads * c.head_dim + c.mlp_dim) / tensor
-  return c.embed_dim + extra.get(remat, 0.0 if remat != "none" else everything)
+  heads, kv = (n * c.head_dim / tensor for n in (c.num_heads, c.num_kv_heads))
+  mlp = c.mlp_dim / tensor
+  extra = {
+    "full": 0.0,
+    "offload": -c.embed_dim,  # to the host
+    "attention": 2 * heads + 2 * kv,
+    "dots": heads + 2 * kv + 2 * mlp + 2 * c.embed_dim,
+    "none": 3 * heads + 4 * kv + 3 * mlp + 5 * c.embed_dim,
+  }
+  return c.embed_dim + extra.get(remat, 0.0)
 
 
 def on_paper(one, config, work, length, rows, trains, chip, devices):
@@ -113,7 +119,7 @@ def search(try_one, found, paper, usable, useful_seconds, limit, say=print):
   Args:
     try_one: Candidate -> result as `aot.attempt` gives it. found: list of `Candidate`.
     paper: Candidate -> `Paper`. usable: bytes of HBM. useful_seconds: of the model's own FLOPs at
-      the peak. limit: how many to compile. say: gets a line for each.
+      the peak. limit: how many that fit to compile. say: gets a line for each.
   Returns:
     ([(Candidate, result)], best first; lines about what was left out).
   """
@@ -130,23 +136,32 @@ def search(try_one, found, paper, usable, useful_seconds, limit, say=print):
   order = sorted(
     small, key=lambda one: (reckoned[str(one)].seconds, one.accumulate, reckoned[str(one)].bytes)
   )
-  done, best, slower = [], 0.0, 0
+  done, best, slower, larger, too_large = [], 0.0, 0, 0, {}
   for i, one in enumerate(order):
-    bound = useful_seconds / reckoned[str(one)].seconds
-    if bound <= best:
+    needs, seconds = reckoned[str(one)]
+    if useful_seconds / seconds <= best:
       slower += 1
       continue
-    if len(done) == limit:
+    if needs >= too_large.get(one.remat, float("inf")):
+      larger += 1
+      continue
+    if sum(result["fits"] for _, result in done) == limit:
       left_out.append(
-        f"{len(order) - i - slower} were not compiled: the limit is {limit}; on paper the best of them "
-        f"has {bound:.1%}"
+        f"up to {len(order) - i} were not compiled: the limit is {limit}; on paper the best of them has "
+        f"{useful_seconds / seconds:.1%}"
       )
       break
     result = try_one(one)
     done.append((one, result))
     if result["fits"]:
       best = max(best, result["roofline"]["mfu"])
+    else:
+      too_large[one.remat] = needs
     say(f"{one}: {result['verdict'][:160]}")
+  if larger:
+    left_out.append(
+      f"{larger} need on paper no less than one with the same remat policy that did not fit"
+    )
   if slower:
     left_out.append(f"{slower} cannot reach the best bound found, even on paper")
   done.sort(key=lambda pair: -pair[1]["roofline"]["mfu"] if pair[1]["fits"] else 0.0)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from diffucoder_jax import meshes
 from diffucoder_jax.model import cost, transformer
 from diffucoder_jax.model.config import ModelConfig, preset
-from diffucoder_jax.runtime import topology
+from diffucoder_jax.runtime import sharding, topology
+from launch import aot_table
 from tests import tiny
 
 SEVEN = ModelConfig(**preset("diffucoder_7b"))
@@ -81,13 +83,21 @@ def test_paper_is_below_what_was_compiled():
 
 
 def test_search_prunes_and_says_so():
-  """Candidates a to e: e is too large on paper, c and d cannot win once b is known."""
-  found = [meshes.Candidate(dict(data=i, fsdp=1, tensor=1), 1, "full") for i in range(5)]
-  seconds, compiled = [1.0, 1.25, 2.5, 5.0, 1.0], []
+  """Of seven, f is too large on paper, a does not fit and b needs as much; d and e cannot beat c."""
+  names = "abcdefg"
+  needs = dict(zip(names, (1.5, 1.5, 1.0, 1.0, 1.0, 3.0, 1.5), strict=True))
+  seconds = dict(zip(names, (1.0, 1.1, 1.25, 2.5, 5.0, 1.0, 1.3), strict=True))
+  remats = dict.fromkeys(names, "full") | {"g": "dots"}
+  found = [
+    meshes.Candidate(dict(data=i, fsdp=1, tensor=1), 1, remats[name])
+    for i, name in enumerate(names)
+  ]  # fmt: skip
+  name_of = lambda one: names[one.mesh["data"]]  # noqa: E731
+  compiled, said = [], []
 
   def try_one(one):
-    compiled.append(one.mesh["data"])
-    if one.mesh["data"] == 0:  # the fastest on paper turns out not to fit
+    compiled.append(name_of(one))
+    if name_of(one) == "a":  # the fastest on paper
       return {"fits": False, "verdict": "does not fit, because a | b"}
     roof = {"mfu": 0.5, "serial_mfu": 0.25, "limit": "hbm"}
     memory = {"peak": 2.0**30, "spare": 0.5}
@@ -99,21 +109,65 @@ def test_search_prunes_and_says_so():
       "roofline": roof,
     }
 
-  def paper(one):
-    return meshes.Paper(3.0 if one.mesh["data"] == 4 else 1.0, seconds[one.mesh["data"]])
-
-  said = []
+  paper = lambda one: meshes.Paper(needs[name_of(one)], seconds[name_of(one)])  # noqa: E731
   done, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 9, said.append)
-  assert compiled == [0, 1] and len(said) == 2
-  assert [one.mesh["data"] for one, _ in done] == [1, 0], "the best first"
-  assert left_out[0].startswith("1 of 5 need more than") and left_out[1].startswith(
-    "2 cannot reach"
-  )
+  assert compiled == ["a", "c", "g"] and len(said) == 3
+  assert [name_of(one) for one, _ in done] == ["c", "g", "a"], "the best first"
+  assert [line.split(" ")[0] for line in left_out] == ["1", "1", "2"]
+  assert "more than" in left_out[0] and "no less" in left_out[1] and "cannot reach" in left_out[2]
   assert meshes.table(done)[2].split(" | ")[5:8] == ["50%", "50.0%", "25.0%"]
-  assert "a / b" in meshes.table(done)[3]
+  assert "a / b" in meshes.table(done)[4]
   compiled.clear()
   _, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 1, said.append)
-  assert compiled == [0] and "3 were not compiled: the limit is 1" in left_out[1]
+  assert compiled == ["a", "c"] and "up to 3 were not compiled: the limit is 1" in left_out[1]
+
+
+def test_compilers_complaints_are_seen(capfd):
+  """C++ writes past Python's sys.stderr; lines are kept for the warnings and still shown."""
+  from diffucoder_jax import aot as program
+
+  found = []
+  with program.compiler_messages(found):
+    os.write(
+      2, b"W0 spmd.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot ...\n"
+    )
+  os.write(2, b"afterwards\n")
+  assert len(found) == 1 and capfd.readouterr().err.count("\n") == 2
+  mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
+  lines = program.warnings_of(SEVEN, mesh, found)
+  assert len(lines) == 1 and lines[0].startswith("1 involuntary full rematerialisation(s)")
+  assert program.warnings_of(SEVEN, mesh, []) == [], "3584 / 8 is a multiple of 16"
+
+
+def test_the_table_knows_its_cells(tmp_path, capsys):
+  """25 cells, of which some can be chosen; only what is missing or was made otherwise is run again."""
+  assert len(list(aot_table.cells([], []))) == 25
+  assert aot_table.main([f"--output={tmp_path}", "--only=sft", "--only=v5e-256", "--print"]) == 0
+  words = shlex.split(capsys.readouterr().out)
+  assert words[:3] == ["python", "-m", "diffucoder_jax.aot"] and "--config.mesh.fsdp=32" in words
+  ((name, _, _, arguments),) = aot_table.cells(["sft", "v5e-256"], ["--xla=a=1"])
+  assert arguments[-1] == "--xla=a=1"
+  path = tmp_path / f"{name}.json"
+  assert not aot_table.is_done(path, arguments)
+  path.write_text(json.dumps({"arguments": [*arguments, f"--output={path}"]}))
+  assert aot_table.is_done(path, arguments) and not aot_table.is_done(path, arguments[:-1])
+
+
+def test_the_tables_meshes_divide_their_batches():
+  """And leave fsdp shards whose gradients scatter: 3584 / fsdp a multiple of 16."""
+  for name, _, tpu, arguments in aot_table.cells([], []):
+    flags = dict(word.removeprefix("--").partition("=")[::2] for word in arguments)
+    config = flags.pop("config").removesuffix(".py").replace("/", ".")
+    c = importlib.import_module(config).get_config()
+    changes = {key.removeprefix("config."): value for key, value in flags.items()}
+    data, fsdp, tensor = (int(changes[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
+    assert data * fsdp * tensor == topology.parse(tpu).num_devices, name
+    assert 3584 // fsdp % 16 == 0 and 4 % tensor == 0, name
+    if "grpo" in c:
+      rows = int(changes.get("grpo.prompts", c.grpo.prompts)) * c.grpo.num_generations
+    else:
+      rows = c.data.global_batch
+    assert "data.fill_batch" in changes or rows % (data * fsdp) == 0, name
 
 
 # ---------------------------------------------------------------------------------------------

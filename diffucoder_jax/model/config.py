@@ -111,7 +111,9 @@ def preset(name):
   if name not in PRESETS:
     raise ValueError(f"unknown model preset {name!r}; choose one of {sorted(PRESETS)}")
   # What no size sets but a command line may: a locked config has no room for keys it lacks.
-  return {"lora_rank": 0, "lora_alpha": 32.0, **PRESETS[name]}
+  common = ("remat", "attention_impl", "dtype", "param_dtype", "lora_rank", "lora_alpha")
+  defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+  return {**{key: defaults[key] for key in common}, **PRESETS[name]}
 
 
 def train_flops_per_token(config, seq_len):

@@ -50,9 +50,9 @@ def forward_flops(config, seq_len):
 
 
 # What the backward pass computes again, by name of the remat policy: (layers, attention), as shares
-# of a forward pass. "dots" keeps the projections' results and not attention's. A name that is not
-# here counts like "full".
-RECOMPUTED = {"none": (0.0, 0.0), "full": (1.0, 1.0), "dots": (0.0, 1.0)}
+# of a forward pass. "dots" keeps the projections' results and not attention's, "attention" the other
+# way round. A name that is not here counts like "full".
+RECOMPUTED = {"none": (0.0, 0.0), "full": (1.0, 1.0), "dots": (0.0, 1.0), "attention": (1.0, 0.0)}
 # A fused backward pass of attention makes the scores again: 5 products where forward has 2.
 ATTENTION_BACKWARD = 2.5
 # One that keeps the [L, L] probabilities ("xla") has 4.

@@ -222,16 +222,25 @@ def _axis_rate(values, size, wraps, link):
   return link / gap  # a line, whose ends have one neighbour
 
 
-def _rate(places, torus):
-  """Bytes/s a device can receive from a group inside one slice, using all axes that it spans."""
-  rate = 0.0
+def _axes(places, torus):
+  """(chips, bytes/s a device can receive) for each axis that a group inside one slice spans."""
+  found = []
   for axis, (size, wraps) in enumerate(zip(torus.shape, torus.wrap, strict=True)):
     values = sorted({place.coords[axis] for place in places})
     if len(values) > 1:
-      rate += _axis_rate(values, size, wraps, torus.link) / torus.cores
+      found.append((len(values), _axis_rate(values, size, wraps, torus.link) / torus.cores))
   # Between two cores of one chip: "six times faster than a 1D ICI link" (docs.cloud.google.com/tpu/
   # docs/tpu7x, dual-chiplet architecture).
-  return rate or 6 * 2 * torus.link
+  return found or [(2, 6 * 2 * torus.link)]
+
+
+def _seconds(kind, one_bytes, received, places, torus):
+  """Of a group inside one slice: all axes work at once, but what an exchange sends far passes the
+  middle of an axis of n chips: n / 4 of what a device has."""
+  axes = _axes(places, torus)
+  if "all-to-all" in kind:
+    return max(one_bytes * chips / 4 / rate for chips, rate in axes)
+  return received / sum(rate for _, rate in axes)
 
 
 def _route(a, b, torus):
@@ -288,11 +297,12 @@ def cost(one, places, torus, slices=1):
     if "all-to-all" in one.kind:
       ici = one.bytes * (inside - 1) / len(group)
       dcn = one.bytes * (parts - 1) / parts
-    rate = min(_rate(members, torus) for members in by_slice.values()) if inside > 1 else 1.0
-    # What an exchange sends far passes more links than one: on a ring of n, n / 4 on average.
-    detour = max(1.0, inside / 4) if "all-to-all" in one.kind else 1.0
-    found = Cost(ici, dcn, ici * detour / rate)
-    worst = Cost(*map(max, worst, found))
+    seconds = 0.0
+    if inside > 1:
+      seconds = max(
+        _seconds(one.kind, one.bytes, ici, members, torus) for members in by_slice.values()
+      )
+    worst = Cost(*map(max, worst, Cost(ici, dcn, seconds)))
   return worst
 
 

@@ -25,15 +25,21 @@ def _hbm(found):
   return sum(array.bytes for array in found if array.space == 0)
 
 
+def _is_under_way(one):
+  """A collective that an earlier instruction started and a later one ends: here it only goes on."""
+  return "chain_id=" in one.attributes
+
+
 def _read(inner, parameter, whole):
   """Bytes that a fusion reads of one operand, which has `whole` of them in HBM."""
   names, total = {parameter}, 0.0
-  # Bitcasts and converts pass an operand on whole; what they are used for decides.
   for one in inner:
     if not names & set(one.operands):
       continue
-    if one.opcode == "bitcast":
+    if one.opcode == "bitcast":  # what it is used for decides
       names.add(one.name)
+    elif one.opcode == "tuple" or _is_under_way(one):
+      continue  # passed on
     elif one.opcode in SLICES and one.operands[0] in names:
       total += sum(array.bytes for array in one.arrays)
     elif one.opcode == "dynamic-update-slice" and one.operands[0] in names:
@@ -48,6 +54,8 @@ def _written(inner, name, found):
   one = inner.instructions[name]
   while one.opcode == "bitcast" and one.operands[0] in inner.instructions:
     one = inner.instructions[one.operands[0]]
+  if one.opcode == "parameter" or _is_under_way(one):
+    return 0.0  # passed on
   if one.opcode == "dynamic-update-slice":
     return _hbm(found) and sum(x.bytes for x in inner.instructions[one.operands[1]].arrays)
   return _hbm(found)
@@ -55,6 +63,12 @@ def _written(inner, name, found):
 
 def _fusion(module, computation, one):
   inner = module.computations[one.called("calls")[0]]
+  targets = " ".join(x.attributes for x in inner if x.opcode == "custom-call")
+  if "AsyncCollectiveStart" in targets:  # (source, destination, semaphores)
+    source, destination = one.arrays[:2]
+    return _hbm([source, destination])
+  if "AsyncCollectiveDone" in targets:
+    return 0.0
   total = 0.0
   parameters = {x.inside.strip(): x.name for x in inner if x.opcode == "parameter"}
   for number, operand in enumerate(one.operands):
@@ -70,10 +84,7 @@ def _fusion(module, computation, one):
       rest = rest[count:]
   else:
     parts = [(inner.root, one.arrays)]
-  for name, found in parts:
-    if inner.instructions[name].opcode != "parameter":  # which would be passed through
-      total += _written(inner, name, found)
-  return total
+  return total + sum(_written(inner, name, found) for name, found in parts)
 
 
 def instruction_bytes(module, computation, one):

@@ -31,6 +31,7 @@ def test_the_seven_b():
     ("none", "blockwise", 3, 3.5),  # the backward pass makes the scores again
     ("dots", "blockwise", 3, 4.5),
     ("full", "blockwise", 4, 4.5),
+    ("attention", "splash", 4, 3.5),
     ("a new one", "blockwise", 4, 4.5),
   ],
 )

@@ -73,7 +73,10 @@ ALL = (tuple(range(16)),)
     ("all-reduce", ALL, LINE, 2 * 15 / 16 * 800, 200.0),
     # Every second chip: two such groups share the ring's links.
     ("all-gather", ((0, 2), (1, 3)), LINE, 0.5 * 800, 50.0),
-    ("all-to-all", ROWS, RING, 0.75 * 800, 200.0),
+    # Four in a ring: two pieces of 200 go one link, one goes two; both directions share them.
+    ("all-to-all", ROWS, RING, 0.75 * 800, 600 / (800 / 200)),
+    # On a line everything of the left half for the right one passes one link: 4 / 4 of 800.
+    ("all-to-all", ROWS, LINE, 0.75 * 800, 600 / (800 / 100)),
   ],
 )
 def test_cost_inside_a_slice(kind, groups, torus, received, rate):
