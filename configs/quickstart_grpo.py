@@ -13,9 +13,11 @@ Seen on one core each of a 2-core AMD EPYC, 2026-11-22, from one tuned model, he
   decoupled   seed 0: 26.2 to 38.5                         73.5 to 77.5
   full_mask   seed 0: 26.2 to 36.0, 1: 26.2 to 36.8        73.5 to 75.5, 79.5
 
-On both cores 5 min 50 s each. From the quickstart's own model (another Python, so another tokenizer),
-seed 0: 37.0 to 53.0 sampled, 76.5 to 75.5 greedily. The order is the paper's, but so few seeds cannot
-tell the estimators apart.
+On both cores 5 min 50 s each, 3 min 10 s in a quicker phase of such machines. From the quickstart's
+own model, Python 3.11.7, 2026-11-27: seeds 0 to 2 44.8 to 60.2, 47.8 to 63.2, 47.2 to 61.2 sampled
+(+15.0 +- 0.5), 88.0 to 90.0, 90.5, 90.5 greedily; with Debian's 3.11.2, and so another tokenizer,
+seed 0: 37.0 to 53.0 and 76.5 to 75.5. The order is the paper's, but so few seeds cannot tell the
+estimators apart.
 
   :decoupled, :full_mask  the same budget with another estimator
 """

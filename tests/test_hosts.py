@@ -77,9 +77,11 @@ def test_four_processes_through_everything(home, tmp_path):
     pod.signal(signal.SIGKILL, [victim])
     codes = pod.wait()
     assert time.monotonic() - began < 60
-    assert codes.pop(victim) == -signal.SIGKILL and codes == [hosts.LOST] * 3, codes
-    for i in {*range(4)} - {victim}:
-      assert "it lost the others" in pod.text(i) and "the last checkpoint" in pod.text(i)
+    # Whoever finds a broken connection says so itself; JAX ends those that hear of it otherwise,
+    # above all from a coordinator that is gone.
+    told = {hosts.LOST: "it lost the others", -signal.SIGABRT: "indicates that another task died"}
+    assert codes[victim] == -signal.SIGKILL
+    assert all(told[codes[i]] in pod.text(i) for i in range(4) if i != victim), codes
   pod = Pod(arguments(broken, {}), tmp_path, 4)
   pod.reach(broken, 22)
   pod.signal(signal.SIGTERM, range(4))

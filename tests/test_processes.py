@@ -100,7 +100,7 @@ def test_processes_with_different_configs_are_refused(home, tmp_path):
   ended = wait_for_both(start_two(home, tmp_path / "run", tmp_path, *settings))
   for code, text in ended:
     assert code not in (0, 42)
-    assert "processes disagree about the config" in text, text[-4000:]
+    assert "processes disagree about config.seed" in text, text[-4000:]
   assert not (tmp_path / "run").exists()
 
 
