@@ -122,13 +122,14 @@ def loss_of(model, objective, pattern, params, rows):
 def train_step(model, tx, objective, mask_id, accumulate, state, batch, key):
   """One optimiser step. Returns (state, metrics); everything random comes from (key, step)."""
   key = jax.random.fold_in(key, state.step)
-  # 0 and 1 are the keys that `split` gives to the noise, 3 is that of the prompts.
+  # 0 and 1 are the keys that `split` gives to the noise, 3 is that of the prompts, 4 of rounding.
   pattern = attention_pattern(objective, state.step, jax.random.fold_in(key, 2))
   batch = PREPARE[objective.kind](objective, mask_id, batch, state.step, key)
   loss_fn = functools.partial(loss_of, model, objective, pattern)
   (value, extra), grads = optim.accumulated_value_and_grad(loss_fn, state.params, batch, accumulate)
   metrics_ = {"loss": value, "grad_norm": optax.tree.norm(grads), **extra}
-  return optim.apply_gradients(state, grads, tx), metrics_
+  state = optim.apply_gradients(state, grads, tx, jax.random.fold_in(key, 4))
+  return state, metrics_
 
 
 # ---------------------------------------------------------------------------------------------
@@ -342,7 +343,9 @@ def main(config, workdir):
         checkpoint.save(manager, step, state, data_state, as_json, force=due)
       if preempted and not last:
         manager.wait_until_finished()
-        logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
+        logging.warning(
+          "preempted: saved step %d to %s; start the same command again", step, workdir
+        )
         sys.exit(PREEMPTED)
     flush()
   return last_eval
