@@ -14,6 +14,8 @@ from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from diffucoder_jax.runtime import flags
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 RULES = (
@@ -34,6 +36,7 @@ def start_distributed():
   DIFFUCODER_COORDINATOR (host:port), DIFFUCODER_PROCESSES and DIFFUCODER_PROCESS say who is who.
   Being explicit means that a misconfigured pod stops instead of training once per host.
   """
+  flags.set_flags()
   _enough_threads()
   if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
     return
@@ -72,7 +75,8 @@ def make_mesh(mesh_config, devices=None):
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
-  _enough_threads()  # for programs that make no use of `start_distributed`
+  flags.set_flags()  # for programs that make no use of `start_distributed`
+  _enough_threads()
   devices = jax.devices() if devices is None else devices
   sizes = [int(mesh_config[axis]) for axis in AXES]
   known = math.prod(size for size in sizes if size != -1)
