@@ -28,7 +28,7 @@ def base(arg, name):
   c = common.base("tiny" if arg == "tiny" else SIZES[arg])
   if arg != "tiny":
     c.model.attention = "full"
-    c.model.attention_impl = "blockwise"  # no [L, L] array, in any pattern
+    c.model.attention_impl = "splash"  # on TPU; blockwise elsewhere and while attention anneals
     c.model.frozen_input_id = 151643  # Dream's padding_idx; see the model's config
     c.checkpoint.every = 1000
     c.checkpoint.keep_every = 10_000

@@ -64,6 +64,8 @@ def base(model, **model_changes):
     decay="matrices",
     clip_norm=1.0,
     accumulate=1,
+    rounding="nearest",  # of bfloat16 parameters; or "master", "stochastic"
+    moment_dtype="float32",  # of the first moment; or "bfloat16"
   )
   c.checkpoint = config_dict.create(every=1000, keep=3, keep_every=0, accept_changes=False)
   # `samples` beginnings of held-out rows (0: none) are continued by `sample_tokens` at each evaluation.

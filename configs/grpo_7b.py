@@ -23,12 +23,14 @@ def base():
   for name in ("seed", "init_from", "mesh", "optim", "checkpoint", "hosts", "log"):
     c[name] = full[name]
   # None: as the model to start from has it.
-  c.model = config_dict.ConfigDict({
-    "remat": config_dict.placeholder(str),
-    "attention_impl": config_dict.placeholder(str),
-    "lora_rank": config_dict.placeholder(int),
-    "lora_alpha": config_dict.placeholder(float),
-  })
+  c.model = config_dict.ConfigDict(
+    {
+      "remat": config_dict.placeholder(str),
+      "attention_impl": config_dict.placeholder(str),
+      "lora_rank": config_dict.placeholder(int),
+      "lora_alpha": config_dict.placeholder(float),
+    }
+  )
   c.problems = config_dict.create(set="acecode", path="", eval_path="", split="")
   c.rollout = config_dict.create(
     max_prompt_tokens=512,  # recipe: 200, and longer ones are cut, which loses their beginning
@@ -106,6 +108,7 @@ def get_config(arg=None):
   if arg not in (None, "recipe", "paper"):
     raise ValueError(f"configs/grpo_7b.py knows the arguments 'recipe' and 'paper', got {arg!r}")
   c = base()
+  c.model.attention_impl = "splash"  # on TPU; blockwise elsewhere
   c.problems.split = "released"
   c.optim.steps = 5250  # 21,000 problems, 8 a round, 2 steps each
   c.optim.accumulate = 2

@@ -120,13 +120,14 @@ def loss_of(model, objective, pattern, params, rows):
 def train_step(model, tx, objective, mask_id, accumulate, state, batch, key):
   """One optimiser step. Returns (state, metrics); everything random comes from (key, step)."""
   key = jax.random.fold_in(key, state.step)
-  # 0 and 1 are the keys that `split` gives to the noise, 3 is that of the prompts.
+  # 0 and 1 are the keys that `split` gives to the noise, 3 is that of the prompts, 4 of rounding.
   pattern = attention_pattern(objective, state.step, jax.random.fold_in(key, 2))
   batch = PREPARE[objective.kind](objective, mask_id, batch, state.step, key)
   loss_fn = functools.partial(loss_of, model, objective, pattern)
   (value, extra), grads = optim.accumulated_value_and_grad(loss_fn, state.params, batch, accumulate)
   metrics_ = {"loss": value, "grad_norm": optax.tree.norm(grads), **extra}
-  return optim.apply_gradients(state, grads, tx), metrics_
+  state = optim.apply_gradients(state, grads, tx, jax.random.fold_in(key, 4))
+  return state, metrics_
 
 
 def make_step_fn(model, tx, objective, mask_id, accumulate, abstract, mesh):
@@ -291,10 +292,10 @@ def main(config, workdir):
   nats_fn = held_out.make_nats_fn(model, autoregressive, tokenizer.mask_id, draws, mesh)
 
   # Loop: metrics stay on the device and are read one step late, so that it never waits for us.
-  step_fn, opened_fn = (
-    make_step_fn(model, tx, o, tokenizer.mask_id, config.optim.accumulate, abstract, mesh)
-    # Once attention is open the random draw decides nothing, and kernels that cannot make it will do.
-    for o in (objective, dataclasses.replace(objective, anneal_steps=0))
+  # When annealing is over attention is full, which has faster kernels: the same step, compiled anew.
+  annealing_fn, open_fn = (
+    make_step_fn(model, tx, what, tokenizer.mask_id, config.optim.accumulate, abstract, mesh)
+    for what in (objective, dataclasses.replace(objective, anneal_steps=0))
   )
   tokens_per_step = config.data.global_batch * config.data.seq_len
   flops_per_step = train_flops_per_token(model.config, config.data.seq_len) * tokens_per_step
@@ -322,11 +323,11 @@ def main(config, workdir):
 
   with alive, manager, writer:  # which wait for a save in flight, however the loop ends
     for step in range(start + 1, config.optim.steps + 1):
-      fn = step_fn if step <= objective.anneal_steps else opened_fn
+      step_fn = annealing_fn if step < objective.anneal_steps else open_fn
       began = time.monotonic()
       batch = sharding.put_batch(next(batches), mesh)
       own = time.monotonic() - began
-      state, on_device = fn(state, batch, data_key)
+      state, on_device = step_fn(state, batch, data_key)
       flush()
       alive.beat(step, own)
       last = step == config.optim.steps
@@ -359,7 +360,9 @@ def main(config, workdir):
         checkpoint.save(manager, step, state, data_state, as_json, force=due)
       if preempted and not last:
         manager.wait_until_finished()
-        logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
+        logging.warning(
+          "preempted: saved step %d to %s; start the same command again", step, workdir
+        )
         sys.exit(hosts.PREEMPTED)
     flush()
   return last_eval

@@ -81,7 +81,8 @@ def update(model, tx, objective_config, estimator, mask_id, new, accumulate, sta
 
   (value, extra), grads = optim.accumulated_value_and_grad(loss_fn, state.params, rows, accumulate)
   share = diagnostics.effective_share(extra["ratio"], extra.pop("ratio_squared"))
-  state = optim.apply_gradients(state, grads, tx)
+  # Rows have numbers from 0; this one is nobody's.
+  state = optim.apply_gradients(state, grads, tx, jax.random.fold_in(key, 2**31 - 1))
   report = {"loss": value, "grad_norm": optax.tree.norm(grads), "ratio_effective_share": share}
   return state, {**report, **extra}
 
@@ -183,7 +184,9 @@ def main(config, workdir):
   hosts.check_same_everywhere(
     {"the tokenizer": ckpt.tokenizer.fingerprint(), "the problems": workdirs.crc(asked)}
   )
-  sandbox = Sandbox(limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe)
+  sandbox = Sandbox(
+    limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe
+  )
   logging.info("sandbox: level %s", sandbox.level)
   rounds = Rounds(config, ckpt, mesh, prompts, sandbox, round_key, arness.mean_arness)
   tx, learning_rate = optim.make_optimizer(config.optim)
@@ -249,7 +252,9 @@ def main(config, workdir):
         checkpoint.save(manager, step, state, data_state, as_json, force=last or preempted)
       if preempted and not last:
         manager.wait_until_finished()
-        logging.warning("preempted: saved step %d to %s; start the same command again", step, workdir)
+        logging.warning(
+          "preempted: saved step %d to %s; start the same command again", step, workdir
+        )
         sys.exit(hosts.PREEMPTED)
   return last_eval
 

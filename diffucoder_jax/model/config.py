@@ -61,12 +61,13 @@ class ModelConfig:
 
   @property
   def compute_dtype(self):
-    """The activations' dtype, with "auto" resolved for the machine at hand."""
+    """The activations' dtype, with "auto" resolved for what is compiled for."""
     if self.dtype != "auto":
       return self.dtype
-    import jax  # here, because configs read the presets and stay free of JAX
+    # Here, because configs read the presets and stay free of JAX.
+    from diffucoder_jax.runtime import sharding
 
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if sharding.platform() == "cpu" else "bfloat16"
 
 
 def _qwen(vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, mlp_dim, tied_head, eps=1e-6):

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from diffucoder_jax.runtime import flags
+
 PREEMPTED = 42  # the exit code that tells launchers to start the same command again
 LOST = 43  # of a process that others have left, or that hangs: the same remedy
 # Seconds without a sign of life after which a process is taken for dead and all others end. JAX's
@@ -31,6 +33,7 @@ def start_distributed():
   DIFFUCODER_HEARTBEAT_SECONDS changes `HEARTBEAT_SECONDS`. Being explicit means that a misconfigured
   pod stops instead of training once per host.
   """
+  flags.set_flags()
   enough_threads()
   if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
     return

@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from diffucoder_jax.runtime import hosts
+from diffucoder_jax.runtime import flags, hosts
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -43,7 +43,8 @@ def make_mesh(mesh_config, devices=None):
     ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the
       number of TPU slices: only it may cross the network between them.
   """
-  hosts.enough_threads()  # for programs that make no use of `start_distributed`
+  flags.set_flags()  # for programs that make no use of `start_distributed`
+  hosts.enough_threads()
   devices = jax.devices() if devices is None else devices
   sizes = [int(mesh_config[axis]) for axis in AXES]
   known = math.prod(size for size in sizes if size != -1)

@@ -143,7 +143,8 @@ def optimizer():
   return optim.make_optimizer(
     ConfigDict(
       dict(steps=10, lr=1e-2, warmup_steps=0, schedule="constant", lr_floor=1.0, b1=0.9, b2=0.95,
-           eps=1e-8, weight_decay=0.1, decay="matrices", clip_norm=1.0)
+           eps=1e-8, weight_decay=0.1, decay="matrices", clip_norm=1.0,
+           rounding="nearest", moment_dtype="float32")
     )
   )[0]  # fmt: skip
 

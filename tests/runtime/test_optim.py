@@ -10,17 +10,30 @@ import ml_dtypes  # noqa: F401  (lets safetensors read bfloat16)
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diffucoder_jax.runtime import optim, sharding
 
 
 def config(**changes):
-  c = ml_collections.ConfigDict({
-    "steps": 100, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine", "lr_floor": 0.1,
-    "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decay": "matrices",
-    "clip_norm": 1.0, "accumulate": 1,
-  })
+  c = ml_collections.ConfigDict(
+    {
+      "steps": 100,
+      "lr": 1e-3,
+      "warmup_steps": 10,
+      "schedule": "cosine",
+      "lr_floor": 0.1,
+      "b1": 0.9,
+      "b2": 0.99,
+      "eps": 1e-8,
+      "weight_decay": 0.1,
+      "decay": "matrices",
+      "clip_norm": 1.0,
+      "accumulate": 1,
+      "rounding": "nearest",
+      "moment_dtype": "float32",
+    }
+  )
   c.update(changes)
   return c
 
@@ -55,6 +68,8 @@ def test_schedules(schedule, expected):
     ({"lr": 0.0}, "optim.lr is 0.0"),
     ({"lr_floor": 2.0}, "optim.lr_floor is 2.0"),
     ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
+    ({"rounding": "up"}, "optim.rounding is 'up'; choose one of .*stochastic"),
+    ({"moment_dtype": "float16"}, "optim.moment_dtype is 'float16'"),
   ],
 )
 def test_bad_config_is_named(changes, words):
@@ -123,6 +138,85 @@ def test_bfloat16_parameters_have_float32_moments():
   assert after.params["kernel"].dtype == jnp.bfloat16
   assert optax.tree.get(after.opt_state, "nu")["kernel"].dtype == jnp.float32
   assert (after.params["kernel"] < 1).all()
+
+
+def train_toy(rounding, dtype, steps=40, mesh=None, start=None, moment_dtype="float32"):
+  """The state after some steps of pulling random weights towards a target, on a mesh."""
+  mesh = mesh_of(1, 1, 1) if mesh is None else mesh
+  tx, _ = optim.make_optimizer(
+    config(lr=2e-4, warmup_steps=0, rounding=rounding, moment_dtype=moment_dtype)
+  )
+  placed = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+  target = jax.random.normal(jax.random.key(1), (32, 64))
+
+  @jax.jit
+  def step(state):
+    # From bfloat16 whatever is kept, as a network that computes in it would.
+    seen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    grads = {"kernel": seen["kernel"].astype(jnp.float32) - target}
+    return optim.apply_gradients(state, grads, tx, jax.random.key(2))
+
+  if start is None:
+    kernel = jax.random.normal(jax.random.key(0), (32, 64), jnp.bfloat16).astype(dtype)
+    start = optim.init_state({"kernel": jax.device_put(kernel, placed)}, tx)
+  state = start
+  for _ in range(steps):
+    state = step(state)
+  return state
+
+
+def test_a_master_copy_trains_as_float32():
+  plain, ours = train_toy("nearest", "float32"), train_toy("master", "bfloat16")
+  kernel = plain.params["kernel"]
+  np.testing.assert_array_equal(ours.opt_state.master["kernel"], kernel)
+  assert ours.params["kernel"].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(ours.params["kernel"], kernel.astype(jnp.bfloat16))
+  lost = train_toy("nearest", "bfloat16").params["kernel"]
+  start = train_toy("nearest", "bfloat16", steps=0).params["kernel"]
+  moved = lambda x: np.abs(x.astype(jnp.float32) - start).mean()  # noqa: E731
+  assert moved(lost) < 0.5 * moved(kernel)  # else there was nothing to keep
+
+
+def test_stochastic_rounding_is_right_on_average():
+  """1 + 0.3 of the last place goes up in 3 of 10 cases; what bfloat16 can hold stays."""
+  x = jnp.concatenate([jnp.full(10_000, sign * (1 + 0.3 * 2**-7)) for sign in (1, -1)])
+  rounded = np.asarray(optim.round_stochastically(jax.random.key(0), x), np.float32)
+  assert set(np.abs(rounded)) == {1.0, 1 + 2**-7}
+  for part in np.abs(rounded).reshape(2, -1):  # 0.0046 is one standard deviation
+    assert abs((part > 1).mean() - 0.3) < 0.02
+  largest_nan = np.uint32(0x7FFFFFFF).view(np.float32)  # a carry would make it -0
+  held = jnp.asarray([0.0, -0.0, 1.5, -3.0, jnp.inf, -jnp.inf, jnp.nan, largest_nan])
+  got = optim.round_stochastically(jax.random.key(0), held)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got.astype(jnp.float32), held)
+
+
+def test_stochastic_rounding_follows_float32_and_no_mesh():
+  wanted = train_toy("nearest", "float32").params["kernel"]
+  ours = train_toy("stochastic", "bfloat16").params["kernel"]
+  assert ours.dtype == jnp.bfloat16
+  start = train_toy("nearest", "float32", steps=0).params["kernel"]
+  assert abs(np.mean((ours - wanted) / (wanted - start))) < 0.05
+  np.testing.assert_array_equal(
+    ours, train_toy("stochastic", "bfloat16", mesh=mesh_of(2, 2, 2)).params["kernel"]
+  )
+
+
+@pytest.mark.parametrize("rounding", ("master", "stochastic"))
+def test_rounding_goes_on_where_it_stopped(rounding):
+  run = lambda steps, start=None: train_toy(  # noqa: E731
+    rounding, "bfloat16", steps, start=start, moment_dtype="bfloat16"
+  )
+  whole, half = run(6), run(3)
+  assert optax.tree.get(half.opt_state, "mu")["kernel"].dtype == jnp.bfloat16
+  assert optax.tree.get(half.opt_state, "nu")["kernel"].dtype == jnp.float32
+  jax.tree.map(np.testing.assert_array_equal, run(3, jax.device_get(half)), whole)
+
+
+@pytest.mark.parametrize("rounding", ("master", "stochastic"))
+def test_rounding_of_float32_parameters_is_refused(rounding):
+  with pytest.raises(ValueError, match=f"optim.rounding is '{rounding}'.*param_dtype"):
+    train_toy(rounding, "float32", steps=0)
 
 
 def test_where_there_are_adapters_only_they_are_trained(caplog):

@@ -64,3 +64,13 @@ def test_paths_are_made_absolute_unless_they_are_remote(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert str(workdirs.absolute("runs/a")) == str(tmp_path / "runs" / "a")
   assert str(workdirs.absolute("gs://bucket/a")) == "gs://bucket/a"
+
+
+def test_keys_that_came_later_do_not_stop_a_run_at_their_old_meaning():
+  """A run from before there was optim.rounding goes on, but not with another rounding."""
+  old = {"optim": {"lr": 1e-3}}
+  new = {"optim": {"lr": 1e-3, "rounding": "nearest", "moment_dtype": "float32"}}
+  assert workdirs.check_config(old, new, "it") == []
+  new["optim"]["rounding"] = "stochastic"
+  with pytest.raises(ValueError, match="optim.rounding: absent"):
+    workdirs.check_config(old, new, "it")
