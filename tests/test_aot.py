@@ -181,6 +181,7 @@ def test_networks_and_loops():
   grpo.model.remat = "dots"
   found = programs.network(grpo, "tiny")
   assert (found.embed_dim, found.remat, found.attention) == (64, "dots", "full")
+  assert programs.network(grpo, "qwen2_5_coder_7b").attention == "full"  # as diffusion weights are
   by_blocks, logits = programs._hints(2048, 3000, 1024)
   assert (by_blocks.trips, logits.trips) == (2.5, 3)
 
