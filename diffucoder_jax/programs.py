@@ -19,7 +19,7 @@ from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
 from diffucoder_jax.hf import load
-from diffucoder_jax.model import cost, transformer
+from diffucoder_jax.model import blockwise, cost, transformer
 from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.runtime import hlo, optim, sharding
 
@@ -67,10 +67,16 @@ def network(config, name):
   return ModelConfig(**given)
 
 
-def _loss_hints(model_config, positions, chunk):
+def _hints(length, positions, chunk):
+  """Of the loops whose rounds are decided at run time.
+
+  Args:
+    length: of a row. positions: on a device that may need logits. chunk: of them at a time.
+  """
+  blocks = -(-length // blockwise.block_size(length))
   rounds = max(1, math.ceil(positions / chunk))
   return (
-    hlo.Hint("attend", 1, "attention's blocks of keys, each counted once"),
+    hlo.Hint("attend", (blocks + 1) / 2, f"a causal query sees half of {blocks} blocks of keys"),
     hlo.Hint("", rounds, f"logits of {positions:.0f} positions on a device, {chunk} at a time"),
   )
 
@@ -97,7 +103,7 @@ def prepare_train(config, mesh, options):
   work = cost.training(model_config, rows * length, length, share)
   # Rows that only fill the batch up are computed and useless.
   work = dataclasses.replace(work, useful=work.useful * config.data.global_batch / rows)
-  hints = _loss_hints(model_config, on_device, LOSS_CHUNK)
+  hints = _hints(length, on_device, LOSS_CHUNK)
   return Prepared(fn, (abstract, batch, _key()), work, rows, length, accumulate, True, hints)
 
 
@@ -134,7 +140,7 @@ def prepare_logps(config, mesh, options):
   passes, scored, on_device = _scoring_size(rounds, mesh)
   args = load.abstract_params(model_config, mesh), _scored_batch(rounds, mesh), _key()
   work = cost.scoring(model_config, rounds.rows * rounds.length, rounds.length, passes, scored)
-  hints = _loss_hints(model_config, on_device, SCORE_CHUNK)
+  hints = _hints(rounds.length, on_device, SCORE_CHUNK)
   return Prepared(rounds.score, args, work, rounds.rows, rounds.length, 1, False, hints)
 
 
@@ -150,7 +156,7 @@ def prepare_update(config, mesh, options):
   work = cost.policy_update(
     model_config, rounds.rows * rounds.length, rounds.length, passes, scored
   )
-  hints = _loss_hints(model_config, on_device / accumulate, SCORE_CHUNK)
+  hints = _hints(rounds.length, on_device / accumulate, SCORE_CHUNK)
   return Prepared(fn, args, work, rounds.rows, rounds.length, accumulate, True, hints)
 
 
@@ -169,7 +175,7 @@ def prepare_rollout(config, mesh, options):
     _by_row(mesh, jnp.int32, rows),
   )  # fmt: skip
   work = _sampling_work(rounds.model.config, rows, length, rounds.sampler, new)
-  hints = _loss_hints(rounds.model.config, 1, 1)
+  hints = _hints(length, 1, 1)
   return Prepared(rollout._sample, args, work, rows, length, 1, False, hints)
 
 
@@ -187,9 +193,7 @@ def prepare_generate(config, mesh, options):
     _by_row(mesh, bool, rows, length), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
   )  # fmt: skip
   work = _sampling_work(model_config, rows, length, sampler, sampler.max_new_tokens)
-  return Prepared(
-    completion._run, args, work, rows, length, 1, False, _loss_hints(model_config, 1, 1)
-  )
+  return Prepared(completion._run, args, work, rows, length, 1, False, _hints(length, 1, 1))
 
 
 PROGRAMS = {

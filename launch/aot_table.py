@@ -22,11 +22,17 @@ SLICES = ("v5e-256", "v5p-64", "v5p-128", "v6e-64", "v6e-256")
 # Stage 1 after attention has opened, which is nine steps of ten. 160 rows of 4,096 tokens are the
 # paper's 655,360 a step; 256 chips with 4 kv heads make at least 64 parts of a batch, so 32 rows of
 # padding fill up 192 there, and their compute counts as lost.
-STAGE1 = ("train", "adapt_7b", "--config.objective.anneal_steps=0", "--config.data.fill_batch")
-SFT = ("train", "sft_7b")
+SPLASH = "--config.model.attention_impl=splash"
+STAGE1 = (
+  "train", "adapt_7b", SPLASH, "--config.objective.anneal_steps=0", "--config.data.fill_batch"
+)  # fmt: skip
+SFT = ("train", "sft_7b", SPLASH)
 # 8 prompts x 10 answers of up to 200 + 256 tokens, the released recipe; on 256 chips four such rounds at
 # once, for 80 answers have too few parts. One micro-batch.
-RL = ("--config.rollout.max_prompt_tokens=200", "--config.optim.accumulate=1")
+RL = (SPLASH, "--config.rollout.max_prompt_tokens=200", "--config.optim.accumulate=1")
+# On v5p XLA cuts products with gathered weights into a window per shard, and reads and writes the whole
+# result for each: twice the HBM traffic of stage 1. A job sets it by LIBTPU_INIT_ARGS="--NAME=VALUE".
+COMPILER = {"v5p": ("--xla=xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)}
 # By program, the mesh for each slice, in the order of SLICES.
 ROWS = {
   "stage1": (STAGE1, ("2x32x4", "1x32x1", "1x32x2", "1x32x2", "2x32x4")),
@@ -51,6 +57,7 @@ def cells(only, extra):
       ]  # fmt: skip
       if config == "grpo_7b" and tpu.endswith("-256"):
         arguments.append("--config.grpo.prompts=32")
+      arguments += COMPILER.get(tpu.split("-")[0], ())
       yield f"{row}-{tpu}", row, tpu, [*arguments, *extra]
 
 

@@ -6,10 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
-from diffucoder_jax import meshes
+from diffucoder_jax import meshes, programs
 from diffucoder_jax.model import cost, transformer
 from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.runtime import sharding, topology
@@ -120,6 +122,68 @@ def test_search_prunes_and_says_so():
   compiled.clear()
   _, left_out = meshes.search(try_one, found, paper, 2.0, 1.0, 1, said.append)
   assert compiled == ["a", "c"] and "up to 3 were not compiled: the limit is 1" in left_out[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# The programs' functions, on devices that are here
+
+
+def options(**changes):
+  return types.SimpleNamespace(**{"model": "tiny", "batch": 3, "prompt_tokens": 32, **changes})
+
+
+@pytest.mark.parametrize(
+  "program",
+  [
+    pytest.param(name, marks=() if name in ("train", "logps") else pytest.mark.slow)
+    for name in programs.PROGRAMS
+  ],
+)
+def test_programs_lower_from_abstract_arguments(program):
+  """What `aot` compiles is what the programs would call, with the shapes that they would pass."""
+  name = "tiny" if program == "train" else "quickstart_grpo"
+  config = importlib.import_module(f"configs.{name}").get_config()
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  with jax.set_mesh(mesh):
+    prepared = programs.PROGRAMS[program](config, mesh, options())
+    lowered = prepared.fn.lower(*prepared.args)
+  assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(prepared.args))
+  out, rows, length = lowered.out_info, prepared.rows, prepared.length
+  assert rows % 4 == 0 and prepared.work.executed > 0 and prepared.work.useful > 0
+  if program in ("train", "update"):
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shapes(out[0]) == shapes(prepared.args[0]), "the state comes back in place"
+  elif program == "logps":
+    assert out.shape == (rows, length)
+  else:
+    assert out.tokens.shape == (rows, length)
+
+
+def test_filled_batches_are_not_useful_work():
+  config = importlib.import_module("configs.tiny").get_config()
+  config.data.global_batch = 5
+  mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
+  with jax.set_mesh(mesh):
+    plain = programs.prepare_train(config, mesh, options())
+    config.data.fill_batch = True
+    filled = programs.prepare_train(config, mesh, options())
+  assert (plain.rows, filled.rows) == (5, 8)
+  assert filled.work.useful == pytest.approx(plain.work.useful)
+  assert filled.work.executed == pytest.approx(plain.work.executed * 8 / 5)
+
+
+def test_networks_and_loops():
+  """RL configs change a preset; what is compiled for a TPU computes in bfloat16 whatever runs here."""
+  adapt = importlib.import_module("configs.adapt_7b").get_config()
+  assert programs.network(adapt, "tiny").embed_dim == 3584
+  assert programs.network(adapt, "").compute_dtype == "bfloat16"
+  grpo = importlib.import_module("configs.grpo_7b").get_config()
+  grpo.model.remat = "dots"
+  found = programs.network(grpo, "tiny")
+  assert (found.embed_dim, found.remat, found.attention) == (64, "dots", "full")
+  assert programs.network(grpo, "qwen2_5_coder_7b").attention == "full"  # as diffusion weights are
+  by_blocks, logits = programs._hints(2048, 3000, 1024)
+  assert (by_blocks.trips, logits.trips) == (2.5, 3)
 
 
 def test_compilers_complaints_are_seen(capfd):

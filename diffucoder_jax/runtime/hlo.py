@@ -24,6 +24,7 @@ ITEM_BITS = {
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 SPACE = re.compile(r"S\((\d+)\)")
 NAME = re.compile(r"%([\w.\-]+)")
+START = re.compile(r"\s+(ROOT )?%[\w.\-]+ = ")
 
 
 class Array(NamedTuple):
@@ -123,28 +124,36 @@ def _instruction(line):
   )
 
 
+def _computation(name, lines):
+  body, root = {}, None
+  for line in lines:
+    is_root, line = line.lstrip().startswith("ROOT "), line.lstrip().removeprefix("ROOT ")
+    one = _instruction(line)
+    body[one.name] = one
+    root = one.name if is_root else root
+  return Computation(name, body, root)
+
+
 def parse(text):
   """`Module` of what `compiled.as_text()` gives.
 
   Raises:
     ValueError: there is no entry computation in it: it is no HLO.
   """
-  computations, entry, name, body, root = {}, None, None, {}, None
+  computations, entry, name, lines = {}, None, None, []
   for line in text.splitlines():
-    stripped = line.strip()
     if name is None:
       # "%name (parameters) -> type {" at the margin, with ENTRY before it where the program starts.
-      if line[:1] in ("%", "E") and stripped.endswith("{"):
-        name = NAME.search(line).group(1)
+      if line[:1] in ("%", "E") and line.rstrip().endswith("{"):
+        name, lines = NAME.search(line).group(1), []
         entry = name if line.startswith("ENTRY") else entry
-    elif line.startswith("}"):
-      computations[name] = Computation(name, body, root)
-      name, body, root = None, {}, None
-    elif " = " in stripped:
-      is_root = stripped.startswith("ROOT ")
-      one = _instruction(stripped.removeprefix("ROOT "))
-      body[one.name] = one
-      root = one.name if is_root else root
+    elif line.rstrip() == "}":
+      computations[name] = _computation(name, lines)
+      name = None
+    elif START.match(line):
+      lines.append(line)
+    elif lines:  # attributes of kernels run over several lines
+      lines[-1] += " " + line
   if entry is None:
     raise ValueError(f"no ENTRY computation in what should be a compiled program: {text[:80]!r}")
   return Module(computations, entry)

@@ -85,7 +85,7 @@ def _grid(sizes, devices):
   for row, group in enumerate(grid.reshape(-1, sizes[2])):
     for device in group:
       held.setdefault(device.process_index, set()).add(row)
-  if all(_is_block(sorted(rows), len(grid.reshape(-1, sizes[2]))) for rows in held.values()):
+  if all(_is_block(sorted(rows), sizes[0] * sizes[1]) for rows in held.values()):
     return grid
   by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
   return np.asarray(by_host).reshape(sizes)

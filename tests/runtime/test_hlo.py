@@ -81,7 +81,9 @@ HloModule jit_step, is_scheduled=true
   %l.3 = s32[] get-tuple-element(%l), index=3
   %shard = bf16[1,112,64]{2,1,0:S(1)} copy(%l.1)
   %acs = (bf16[1,112,64]{2,1,0:S(1)}, bf16[1,3584,64]{2,1,0}, u32[]{:S(2)}) fusion(%shard), kind=kCustom, calls=%start
-  %gathered = bf16[1,3584,64]{2,1,0} get-tuple-element(%acs), index=1
+  %gathered = bf16[1,3584,64]{2,1,0} get-tuple-element(%acs), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/attend"}
   %both = (f32[8,128]{1,0}, bf16[1,112,64]{2,1,0:S(1)}, bf16[1,3584,64]{2,1,0}, bf16[1,3584,64]{2,1,0}) fusion(%shard, %gathered, %l.2), kind=kOutput, calls=%beside
   %going = bf16[1,3584,64]{2,1,0} get-tuple-element(%both), index=2
   %whole = bf16[1,3584,64]{2,1,0} fusion(%shard, %going), kind=kCustom, calls=%done
@@ -131,7 +133,9 @@ def test_loops_run_as_often_as_the_program_says(tpu):
   assert not runs.assumed
   assert (runs.times["main"], runs.times["layer"], runs.times["window"]) == (1, 28, 28 * 8)
   assert runs.times["all-reduce-scatter.7"] == 28
-  assert module.entry == "main" and module.computations["layer"].root == "l.7"
+  layer = module.computations["layer"]
+  assert module.entry == "main" and layer.root == "l.7"
+  assert layer.instructions["gathered"].op_name == "jit(step)/attend", "written over several lines"
 
 
 def test_collectives_of_a_tpu_program(tpu):
