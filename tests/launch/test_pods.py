@@ -153,7 +153,7 @@ def test_the_babysitter_watches_what_runs_and_minds_other_commands(launch):
   time.sleep(1)
   (machine / "diffucoder" / "stop").write_text("")
   text = process.communicate(timeout=30)[0]
-  assert process.returncode == 0 and "+ gcloud compute tpus queued-resources ssh" not in text, text
+  assert process.returncode == 0 and "worker.sh start" not in text, text
   # Done is done, for this command and not for another.
   code, text = launch("babysit.sh", *command)
   assert code == 0 and "done: " in text and "starting" not in text
