@@ -25,6 +25,7 @@ class World:
   error    every gcloud and xpk call prints this text and fails
   states   what the next requests go through, a word a line, the last one for good
   workers  how many a node has (1)
+  unreachable        the node that ssh does not get to
   environment.json   of what runs on a machine
   """
 
@@ -189,6 +190,10 @@ def delete(world, args):
 
 def chosen(world, name, worker):
   request, number = node(world, name)
+  if world.text("unreachable") == name:
+    sys.exit(
+      "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255]."
+    )
   return [
     machine for machine in world.machines(request)
     if machine.name.startswith(f"{number}-") and worker in ("all", machine.name.split("-")[1])

@@ -14,6 +14,7 @@ from diffucoder_jax.runtime import metrics
 from tests import tiny
 from tests.launch import fake_cloud
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines have /proc")
 TRAIN = "python -m diffucoder_jax.train --config=configs/adapt_7b.py --workdir=gs://B/adapt".split()
 AUTH = "ERROR: (gcloud.auth) You do not currently have an active account selected."
 
@@ -33,6 +34,15 @@ def test_a_pod_from_nothing_to_its_end(launch):
     assert (machine / "diffucoder" / "commit").read_text() == commit.stdout
     assert (machine / "diffucoder" / "code" / "diffucoder_jax" / "train.py").exists()
   assert launch.workers() == ["idle"] * 4
+
+  # All or none: a slice that runs alone would wait for the others for ever.
+  (launch.world.folder / "unreachable").write_text("adapt-7b-1")
+  for words in (["status"], ["setup"], ["run", "true"]):
+    code, text = launch("tpu.sh", *words)
+    assert code and "exited with return code [255]" in text, words
+  assert "not started" in text and "worker.sh start" not in text
+  (launch.world.folder / "unreachable").unlink()
+  assert launch("tpu.sh", "setup")[0] == 0
 
   # On all workers, with their environment, in the code's folder, and once at a time.
   command = ("bash", "-c", 'trap "exit 42" TERM; echo "up $DIFFUCODER_MULTIHOST $(cat ../data) $1"; '
