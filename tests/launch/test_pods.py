@@ -140,7 +140,7 @@ def test_the_babysitter_gives_up_and_shows_the_log_of_the_first_to_fail(launch):
   command = 'case $(hostname) in *-1) echo "no such weights"; exit 1 ;; esac; '
   command += "sleep 1.2; echo abort; exit 134"
   code, text = launch("babysit.sh", "--failures=2", "bash", "-c", command)
-  assert code == 1, text
+  assert code == 3, text
   assert "failure 1 of 2" in text and "failure 2 of 2" in text and "giving up" in text
   end = text.split("failure 2 of 2")[1]
   assert "\nno such weights\n" in end and "\nabort\n" not in end
