@@ -28,19 +28,57 @@ WORKER=diffucoder/code/launch/worker.sh # on a worker, from its home
 tpus() { run gcloud compute tpus "$@"; }
 place() { PLACE=("--project=$PROJECT" "--zone=$ZONE"); }
 
-# ssh_flags [NODE WORKER]: where a command goes; to all workers when nothing is said.
+# ssh_flags [NODE WORKER]: where a command goes; to all workers of all nodes when nothing is said.
 ssh_flags() {
+  local i
   place
-  SSH=("${PLACE[@]}" "--node=${1:-all}" "--worker=${2:-all}")
+  NODES=()
+  for ((i = 0; i < SLICES; i++)); do
+    if [ "${1:-all}" = all ] || [ "$1" -eq "$i" ]; then NODES+=("$(node "$i")"); fi
+  done
+  [ ${#NODES[@]} -gt 0 ] || fail "there is no node $1; SLICES=$SLICES are counted from 0"
+  SSH=("${PLACE[@]}" "--worker=${2:-all}") VM=(gcloud compute tpus tpu-vm)
   case $SSH_VIA in
     internal) SSH+=(--internal-ip) ;;
-    iap) SSH+=(--tunnel-through-iap) ;;
+    iap) SSH+=(--tunnel-through-iap) VM=(gcloud alpha compute tpus tpu-vm) ;;
   esac
 }
 
-# on_workers COMMAND: runs a line of shell on the workers that `ssh_flags` chose.
+# node NUMBER: the name that Google gives a slice.
+node() {
+  if [ "$SLICES" -eq 1 ]; then echo "$NAME"; else echo "$NAME-$1"; fi
+}
+
+# on_node NODE ssh LINE, or on_node NODE scp FILE
+on_node() {
+  case $2 in
+    ssh) run "${VM[@]}" ssh "$1" "${SSH[@]}" "--command=$3" ;;
+    scp) run "${VM[@]}" scp "$3" "$1:$(basename "$3")" "${SSH[@]}" ;;
+  esac
+}
+
+# on_nodes WORDS...: at the same time on the nodes that `ssh_flags` chose; fails when one of them
+# fails. Not by `queued-resources ssh --node=all`, which leaves out a node that it cannot reach and
+# ends well all the same.
+on_nodes() {
+  local node pids=() pid code=0
+  for node in "${NODES[@]}"; do
+    if [ ${#NODES[@]} -eq 1 ] || [ -n "$DRY_RUN" ]; then
+      on_node "$node" "$@" || code=$?
+    else
+      on_node "$node" "$@" &
+      pids+=($!)
+    fi
+  done
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    wait "$pid" || code=$?
+  done
+  return "$code"
+}
+
+# on_workers LINE: runs a line of shell on the workers that `ssh_flags` chose.
 on_workers() {
-  tpus queued-resources ssh "$NAME" "${SSH[@]}" --command="$1"
+  on_nodes ssh "$1"
 }
 
 # worker WORDS...: calls worker.sh there.
@@ -131,7 +169,7 @@ setup() {
   if [ -n "$DRY_RUN" ]; then folder='$TMP' commit=COMMIT; fi
   ssh_flags
   run git archive --format=tar.gz --output="$folder/diffucoder.tar.gz" "$commit"
-  tpus queued-resources scp "$folder/diffucoder.tar.gz" "$NAME:diffucoder.tar.gz" "${SSH[@]}"
+  on_nodes scp "$folder/diffucoder.tar.gz"
   on_workers "set -e; if [ -e $WORKER ] && bash $WORKER status | grep -q ' running '; then echo 'a command is running; stop it first' >&2; exit 1; fi; rm -rf diffucoder/code diffucoder/commit; mkdir -p diffucoder/code; tar -xzf diffucoder.tar.gz -C diffucoder/code; $(quote bash "$WORKER" install "$commit" "$EXTRAS")"
 }
 
@@ -163,8 +201,7 @@ status() {
     esac
   fi
   for ((i = 0; i < SLICES; i++)); do
-    node=$NAME
-    [ "$SLICES" -eq 1 ] || node=$NAME-$i
+    node=$(node "$i")
     show gcloud compute tpus tpu-vm describe "$node" "${PLACE[@]}" "--format=value(state)"
     [ -n "$DRY_RUN" ] ||
       echo "node $node $(gcloud compute tpus tpu-vm describe "$node" "${PLACE[@]}" --format='value(state)' || echo UNKNOWN)"

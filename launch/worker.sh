@@ -69,6 +69,7 @@ start() {
   rm -f "$RUN/exit_code" "$RUN/pid"
   put "$RUN/job" "$job"
   setsid nohup bash "$CODE/launch/worker.sh" supervise "$@" </dev/null >>"$RUN/log" 2>&1 9>&- &
+  disown # this shell has nothing to say about its end
   for _ in $(seq 200); do
     if [ -e "$RUN/pid" ]; then
       echo "$(hostname): process $(get pid) runs job $job"

@@ -25,6 +25,7 @@ class World:
   error    every gcloud and xpk call prints this text and fails
   states   what the next requests go through, a word a line, the last one for good
   workers  how many a node has (1)
+  unreachable        the node that ssh does not get to
   environment.json   of what runs on a machine
   """
 
@@ -109,12 +110,9 @@ GCLOUD = {
     "valid-until-duration async-"),
   "queued-resources describe": (["name"], "project! zone! format"),
   "queued-resources delete": (["name"], "project! zone! force- quiet- async-"),
-  "queued-resources ssh": (
-    ["name"], "project! zone! node worker command! internal-ip- tunnel-through-iap- batch-size"),
-  "queued-resources scp": (
-    ["source", "target"],
-    "project! zone! node worker internal-ip- tunnel-through-iap- batch-size recurse-"),
   "tpu-vm describe": (["name"], "project! zone! format"),
+  "tpu-vm ssh": (["name"], "project! zone! worker command! internal-ip-"),
+  "tpu-vm scp": (["source", "target"], "project! zone! worker internal-ip- recurse-"),
 }  # fmt: skip
 XPK = {
   "workload create": (
@@ -131,14 +129,18 @@ def not_found(name):
 
 
 def gcloud(world, arguments):
+  alpha = arguments[:1] == ["alpha"]  # where ssh can go through a tunnel
+  arguments = arguments[alpha:]
   if arguments[:2] != ["compute", "tpus"]:
     sys.exit(f"ERROR: (gcloud) Invalid choice: {arguments[:2]}")
   name = " ".join(arguments[2:4])
-  args = parse(f"gcloud.compute.tpus.{name}", *GCLOUD[name], arguments[4:])
+  positional, flags = GCLOUD[name]
+  flags += " tunnel-through-iap- batch-size" if alpha else ""
+  args = parse(f"gcloud.compute.tpus.{name}", positional, flags, arguments[4:])
   return {
     "queued-resources create": create, "queued-resources describe": describe,
-    "queued-resources delete": delete, "queued-resources ssh": ssh, "queued-resources scp": scp,
-    "tpu-vm describe": describe_node,
+    "queued-resources delete": delete,
+    "tpu-vm describe": describe_node, "tpu-vm ssh": ssh, "tpu-vm scp": scp,
   }[name](world, args)  # fmt: skip
 
 
@@ -166,12 +168,18 @@ def describe(world, args):
     print("Quota 'TPUS_PER_PROJECT' exceeded" if states[0] == "FAILED" else "")
 
 
-def describe_node(world, args):
+def node(world, name):
+  """(name of the request, number in it) of a node that is there."""
   for path in (world.folder / "requests").glob("*.json"):
     request = json.loads(path.read_text())
-    if args.name in request["nodes"] and request["states"][0] == "ACTIVE":
-      return print("READY")
-  not_found(args.name)
+    if name in request["nodes"] and request["states"][0] == "ACTIVE":
+      return path.stem, request["nodes"].index(name)
+  return not_found(name)
+
+
+def describe_node(world, args):
+  node(world, args.name)
+  print("READY")
 
 
 def delete(world, args):
@@ -180,24 +188,26 @@ def delete(world, args):
   (world.folder / "requests" / f"{args.name}.json").unlink()
 
 
-def chosen(world, name, node, worker):
-  request = world.request(name) or not_found(name)
-  if request["states"][0] != "ACTIVE":
-    sys.exit(f"ERROR: (gcloud) {name} is in state {request['states'][0]}; it cannot be reached")
+def chosen(world, name, worker):
+  request, number = node(world, name)
+  if world.text("unreachable") == name:
+    sys.exit(
+      "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255]."
+    )
   return [
-    machine for machine in world.machines(name)
-    if node in ("all", machine.name.split("-")[0]) and worker in ("all", machine.name.split("-")[1])
+    machine for machine in world.machines(request)
+    if machine.name.startswith(f"{number}-") and worker in ("all", machine.name.split("-")[1])
   ]  # fmt: skip
 
 
 def ssh(world, args):
   """All workers at once, as gcloud does it; the exit code of the first that fails."""
   started = []
-  for machine in chosen(world, args.name, args.node or "0", args.worker or "0"):
+  for machine in chosen(world, args.name, args.worker or "0"):
     programs = machine / ".programs"
     if not programs.exists():  # what a machine's image brings
       programs.mkdir()
-      host = f"t1v-{args.name}-{machine.name}"
+      host = f"t1v-{machine.parent.name}-{machine.name}"
       script(programs / "hostname", f"echo {host}")
       script(programs / "uv", f'FAKE_CLOUD="{world.folder}" exec {PYTHON} "{__file__}" uv "$@"')
     env = {
@@ -212,7 +222,7 @@ def ssh(world, args):
 
 def scp(world, args):
   name, target = args.target.split(":")
-  for machine in chosen(world, name, args.node or "0", args.worker or "0"):
+  for machine in chosen(world, name, args.worker or "0"):
     shutil.copy(args.source, machine / target)
 
 

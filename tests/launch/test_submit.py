@@ -10,6 +10,7 @@ import pytest
 from diffucoder_jax.runtime import metrics
 from tests import tiny
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines have /proc")
 CONFIG = """
 from configs import tiny
 
