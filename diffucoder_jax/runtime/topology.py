@@ -22,25 +22,28 @@ class Chip:
 
   Attributes:
     kind: how libtpu calls it. cores_per_name: units that a name counts, per chip.
-    devices: JAX devices per chip. hosts: chips per host.
-    dims: 2 or 3, axes of the torus. wraps_at: chips along an axis from which on it is a ring: every
-      multiple of it (None: only the axes of the largest slice).
-    flops: bfloat16 FLOP/s. hbm, usable_hbm: bytes. hbm_rate: bytes/s.
-    ici_rate: bytes/s of all links of a chip, both ways. dcn_rate: bytes/s of a chip's share of its
-      host's network cards.
+    devices: JAX devices per chip. per_host: chips that share a host's network cards.
+    dims: 2 or 3, axes of the torus. flops: bfloat16 FLOP/s. hbm, usable_hbm: bytes.
+    hbm_rate: bytes/s. ici_rate: bytes/s of all links of a chip, both ways.
+    host_dcn_rate: bytes/s of a host's network cards, one way.
   """
 
   kind: str
   cores_per_name: int
   devices: int
-  hosts: int
+  per_host: int
   dims: int
   flops: float
   hbm: float
   usable_hbm: float
   hbm_rate: float
   ici_rate: float
-  dcn_rate: float
+  host_dcn_rate: float
+
+  @property
+  def dcn_rate(self):
+    """Bytes/s of a chip's share of its host's network cards."""
+    return self.host_dcn_rate / self.per_host
 
   @property
   def link(self):
@@ -55,19 +58,19 @@ GBIT = 1e9 / 8
 # available HBM"); the rest is reserved.
 CHIPS = {
   # /v4: 275 TFLOPs, 32 GiB at 1200 GBps; 6 links of 50 GB/s one way (Jouppi et al. 2023, "TPU v4",
-  # arxiv.org/abs/2304.01433, table 4). DCN: 4 chips share a host's 200 Gbit/s card, as /v5p says of
-  # the next generation, 50 Gbps per chip.
-  "v4": Chip("v4", 2, 1, 4, 3, 275 * TERA, 32 * GIB, 30.75 * GIB, 1200 * GB, 600 * GB, 50 * GBIT),
-  # /v5e: 197 TFLOPs, 16 GB at 819 GBps, ICI 400 GBps both ways; /v6e: DCN 6.4 Tbps per pod of 256.
-  "v5e": Chip("v5e", 1, 1, 4, 2, 197 * TERA, 16 * GIB, 15.75 * GIB, 819 * GB, 400 * GB, 25 * GBIT),
-  # /v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps per chip.
-  "v5p": Chip("v5p", 2, 1, 4, 3, 459 * TERA, 96 * GIB, 95.74 * GIB, 2765 * GB, 1200 * GB, 50 * GBIT),
-  # /v6e: 918 TFLOPs, 32 GB at 1638 GBps (table of /tpu7x), ICI 800 GBps both ways, DCN 100 Gbps.
-  "v6e": Chip("v6e", 1, 1, 4, 2, 918 * TERA, 32 * GIB, 31.25 * GIB, 1638 * GB, 800 * GB, 100 * GBIT),
-  # /tpu7x: 2307 TFLOPs, 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100 Gbps per chip. Two
-  # devices to a chip, each with half of it.
+  # arxiv.org/abs/2304.01433). DCN: taken to be that of the next generation, /v5p.
+  "v4": Chip("v4", 2, 1, 4, 3, 275 * TERA, 32 * GIB, 30.75 * GIB, 1200 * GB, 600 * GB, 200 * GBIT),
+  # /v5e: 197 TFLOPs, 16 GB at 819 GBps, ICI 400 GBps both ways, 8 chips per host, 2 x 100 Gbps.
+  "v5e": Chip("v5e", 1, 1, 8, 2, 197 * TERA, 16 * GIB, 15.75 * GIB, 819 * GB, 400 * GB, 200 * GBIT),
+  # /v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps both ways, DCN 50 Gbps per chip, 4 to a VM.
+  "v5p": Chip("v5p", 2, 1, 4, 3, 459 * TERA, 96 * GIB, 95.74 * GIB, 2765 * GB, 1200 * GB, 200 * GBIT),
+  # /v6e: 918 TFLOPs, 32 GB at 1638 GBps (table of /tpu7x), ICI 800 GBps both ways, 8 chips per host,
+  # 4 x 200 Gbps.
+  "v6e": Chip("v6e", 1, 1, 8, 2, 918 * TERA, 32 * GIB, 31.25 * GIB, 1638 * GB, 800 * GB, 800 * GBIT),
+  # /tpu7x: 2307 TFLOPs, 192 GiB at 7380 GBps, ICI 1200 GBps both ways, DCN 100 Gbps per chip, 4 to
+  # a VM. Two devices to a chip, each with half of it.
   "tpu7x": Chip(
-    "tpu7x", 2, 2, 4, 3, 2307 * TERA, 192 * GIB, 2 * 94.75 * GIB, 7380 * GB, 1200 * GB, 100 * GBIT
+    "tpu7x", 2, 2, 4, 3, 2307 * TERA, 192 * GIB, 2 * 94.75 * GIB, 7380 * GB, 1200 * GB, 400 * GBIT
   ),
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7": "tpu7x", "7x": "tpu7x"}
@@ -105,8 +108,9 @@ class Topology(NamedTuple):
 
   @property
   def wrap(self):
-    """Which axes are rings. 3D slices: those of 4 chips or multiples, where all are ("All 4x4x4 and
-    larger slices have full 3D torus", /v5p); 2D slices: axes of 16 chips, the whole pod's."""
+    """Which axes are rings. 3D slices: all, where each has 4 chips or a multiple ("All 4x4x4 and larger
+    slices have full 3D torus", /v5p). 2D slices: those of 16 chips, the pod's own (jax-ml.github.io/
+    scaling-book/tpus)."""
     if self.spec.dims == 2:
       return tuple(size == 16 for size in self.shape)
     whole = all(size % 4 == 0 for size in self.shape)

@@ -52,6 +52,9 @@ def test_chips_agree_with_the_table_that_training_uses():
   # 4800 Gbit/s one way over the six links of a v5p, 1600 over the four of a v5e.
   assert topology.CHIPS["v5p"].link == 4800e9 / 8 / 6
   assert topology.CHIPS["v5e"].link == 1600e9 / 8 / 4
+  # Of a pod of 256: 6.4 and 25.6 Tbit/s (docs.cloud.google.com/tpu/docs/v6e).
+  assert 256 * topology.CHIPS["v5e"].dcn_rate == 6.4e12 / 8
+  assert 256 * topology.CHIPS["v6e"].dcn_rate == 25.6e12 / 8
 
 
 # ---------------------------------------------------------------------------------------------
