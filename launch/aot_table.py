@@ -30,9 +30,6 @@ SFT = ("train", "sft_7b", SPLASH)
 # 8 prompts x 10 answers of up to 200 + 256 tokens, the released recipe; on 256 chips four such rounds at
 # once, for 80 answers have too few parts. One micro-batch.
 RL = (SPLASH, "--config.rollout.max_prompt_tokens=200", "--config.optim.accumulate=1")
-# On v5p XLA cuts products with gathered weights into a window per shard, and reads and writes the whole
-# result for each: twice the HBM traffic of stage 1. A job sets it by LIBTPU_INIT_ARGS="--NAME=VALUE".
-COMPILER = {"v5p": ("--xla=xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)}
 # By program, the mesh for each slice, in the order of SLICES.
 ROWS = {
   "stage1": (STAGE1, ("2x32x4", "1x32x1", "1x32x2", "1x32x2", "2x32x4")),
@@ -57,7 +54,6 @@ def cells(only, extra):
       ]  # fmt: skip
       if config == "grpo_7b" and tpu.endswith("-256"):
         arguments.append("--config.grpo.prompts=32")
-      arguments += COMPILER.get(tpu.split("-")[0], ())
       yield f"{row}-{tpu}", row, tpu, [*arguments, *extra]
 
 

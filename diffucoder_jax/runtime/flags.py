@@ -22,6 +22,9 @@ FLAGS = (
   ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "for the weights, too"),
   ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "one behind several products"),
   ("xla_tpu_overlap_compute_collective_tc", "true", "and let the core do both at once"),
+  # Products with gathered weights are cut into a window for each shard on v5p, and the whole result is
+  # read and written for each: twice the HBM traffic of stage 1 on v5p-64, as compiled.
+  ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000", "gather whole weights, then multiply"),
   # The sum of gradients over `data`, where fsdp is not the whole mesh.
   ("xla_tpu_enable_data_parallel_all_reduce_opt", "true", "sum each layer's as soon as it is there"),
   ("xla_tpu_data_parallel_opt_different_sized_ops", "true", "also when layers differ in size"),

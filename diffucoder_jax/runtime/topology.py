@@ -13,6 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
+from diffucoder_jax.runtime import flags
 from diffucoder_jax.runtime.collectives import Place, Torus
 
 
@@ -158,6 +159,7 @@ def devices(topology):
     )
   from jax.experimental import topologies
 
+  flags.set_flags()  # the compiler's, as on a pod: libtpu reads them when it is loaded
   options = {}
   if topology.slices > 1:
     options["num_slices"] = topology.slices
