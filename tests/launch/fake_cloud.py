@@ -121,7 +121,7 @@ GCLOUD = {
 XPK = {
   "workload create": (
     [], "workload! cluster! project zone tpu-type! num-slices docker-image max-restarts priority "
-    "termination-grace-period-seconds env+ command!"),
+    "restart-on-exit-codes termination-grace-period-seconds env+ command!"),
   "workload list": ([], "cluster! project zone filter-by-job filter-by-status"),
   "workload delete": ([], "workload! cluster! project zone force-"),
 }  # fmt: skip
