@@ -121,6 +121,12 @@ first_to_fail() {
     head -n 1 | sed 's/^[0-9]* //'
 }
 
+# not_started WHAT: a failure, unless the pod was taken away meanwhile.
+not_started() {
+  look
+  if [ "$REQUEST" = ACTIVE ] && [ -n "$REACHED" ]; then failure "$1"; else say "$1; it is ${REQUEST:-unknown}"; fi
+}
+
 recreate() {
   tpu delete --yes || failure "$NAME could not be deleted"
   watched="" mixed_since=""
@@ -207,7 +213,9 @@ while true; do
           mixed_since=""
           if [ -n "$watched" ]; then
             watched=""
-            if [ $((finished + saved)) -eq "$all" ]; then
+            if [ "$ours" -ne "$all" ]; then
+              say "a machine of $NAME is a new one; starting the command again"
+            elif [ $((finished + saved)) -eq "$all" ]; then
               say "preempted: the command saved itself; starting it again"
             else
               first=$(first_to_fail)
@@ -218,11 +226,11 @@ while true; do
             say "the command has run here before; starting it again"
           fi
           if [ "$(count " commit=$COMMIT\$")" -ne "$all" ] && ! tpu setup --commit="$COMMIT"; then
-            failure "the code could not be installed on $NAME"
+            not_started "the code could not be installed on $NAME"
           elif tpu run -- "$@"; then
             watched=1
           else
-            failure "the command could not be started on $NAME"
+            not_started "the command could not be started on $NAME"
           fi
         fi
       fi

@@ -15,7 +15,7 @@
 #   bash launch/xpk.sh image --push
 #   bash launch/xpk.sh create python -m diffucoder_jax.train --config=configs/adapt_7b.py --workdir=gs://B/W
 #
-# GKE does what babysit.sh does elsewhere: after a preemption, after exit code 42 (xpk restarts on it)
+# GKE does what babysit.sh does elsewhere: after a preemption, after exit codes 42 and 43
 # and after a kill it starts the command again, --restarts times; any other exit code ends the
 # workload. `create` ends with exit code 3 when a workload of this name is queued or running, and
 # replaces one that has ended.
@@ -90,6 +90,7 @@ create() {
   fi
   words=(--workload="$NAME" "${XPK[@]}" "--tpu-type=$(accelerator_type)" "--num-slices=$SLICES"
     --docker-image="$IMAGE" "--max-restarts=$restarts"
+    --restart-on-exit-codes=43 # beside 42 and 127 to 255: of a process that others have left
     "--termination-grace-period-seconds=$GRACE_SECONDS")
   [ -z "$BUCKET" ] || words+=("--env=JAX_COMPILATION_CACHE_DIR=${BUCKET%/}/compiled")
   # exec: so that the program itself, and no shell around it, gets the SIGTERM.

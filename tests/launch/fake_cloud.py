@@ -65,7 +65,11 @@ class World:
       time.sleep(0.2)
     for machine in self.machines(name):
       kill(machine, signal.SIGKILL)
-    shutil.rmtree(self.folder / "machines" / name, ignore_errors=True)
+    machines = self.folder / "machines" / name
+    if machines.exists():  # at once, and not file by file while a command looks at them
+      shutil.rmtree(
+        machines.rename(self.folder / f"gone-{time.monotonic_ns()}"), ignore_errors=True
+      )
 
 
 def kill(machine, number):
@@ -117,7 +121,7 @@ GCLOUD = {
 XPK = {
   "workload create": (
     [], "workload! cluster! project zone tpu-type! num-slices docker-image max-restarts priority "
-    "termination-grace-period-seconds env+ command!"),
+    "restart-on-exit-codes termination-grace-period-seconds env+ command!"),
   "workload list": ([], "cluster! project zone filter-by-job filter-by-status"),
   "workload delete": ([], "workload! cluster! project zone force-"),
 }  # fmt: skip

@@ -172,6 +172,19 @@ def test_the_babysitter_watches_what_runs_and_minds_other_commands(launch):
 
 
 @pytest.mark.slow
+def test_a_machine_that_was_replaced_is_no_failure(launch, tmp_path):
+  process = launch.start("babysit.sh", "bash", "-c", f"[ -e {tmp_path}/new ] || sleep 1234")
+  launch.wait_for("running")
+  (machine,) = launch.world.machines("adapt-7b")
+  (tmp_path / "new").write_text("")
+  fake_cloud.kill(machine, signal.SIGKILL)
+  (machine / "diffucoder").rename(machine / "gone")  # at once, as a new machine comes
+  text = process.communicate(timeout=60)[0]
+  assert process.returncode == 0 and "is a new one; starting" in text, text
+  assert text.count("worker.sh start") == 2
+
+
+@pytest.mark.slow
 def test_workers_that_hang_when_others_ended_are_stopped(launch):
   (launch.world.folder / "workers").write_text("2")
   command = (
