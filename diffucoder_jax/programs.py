@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffucoder_jax import completion, pretrained, train, train_grpo
-from diffucoder_jax.data import pipeline
+from diffucoder_jax.data import batching
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
@@ -90,7 +90,7 @@ def prepare_train(config, mesh, options):
   model = transformer.Transformer(model_config)
   tx, _ = optim.make_optimizer(config.optim)
   abstract, _ = train.initial_state(config, mesh, model, tx, _key())
-  rows = pipeline.placed_rows(config.data, sharding.batch_shards(mesh))
+  rows = batching.placed_rows(config.data, sharding.batch_shards(mesh))
   length, accumulate = config.data.seq_len, config.optim.accumulate
   fields = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32, maskable=bool)
   if config.data.source == "conversations":

@@ -21,8 +21,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from diffucoder_jax import completion, pretrained
+from diffucoder_jax.data import batching, pipeline
 from diffucoder_jax.data import corpus as corpora
-from diffucoder_jax.data import pipeline
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.diffusion import loss, process
 from diffucoder_jax.diffusion.sampler import SamplerConfig
@@ -249,8 +249,8 @@ def main(config, workdir):
   hosts.check_same_everywhere(
     {"the tokenizer": tokenizer.fingerprint(), "the text": corpus.fingerprint}
   )
-  placed_rows = pipeline.placed_rows(config.data, sharding.batch_shards(mesh))
-  batches = pipeline.train_batches(
+  placed_rows = batching.placed_rows(config.data, sharding.batch_shards(mesh))
+  batches = batching.train_batches(
     corpus.train, config.data, config.seed, sharding.batch_shard(mesh), placed_rows
   )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffucoder_jax.data import corpus, pipeline
+from diffucoder_jax.data import batching, corpus
 from diffucoder_jax.data.tokenizer import load_tokenizer
 from diffucoder_jax.runtime import checkpoint
 from tests import tiny
@@ -156,7 +156,7 @@ def rows_of(c, steps, states):
   stream, begins = [], sorted(states)
   for begin, end in zip(begins, [*begins[1:], steps], strict=True):
     state, processes = states[begin]
-    batches = [pipeline.train_batches(train, c.data, c.seed, (i, processes))
+    batches = [batching.train_batches(train, c.data, c.seed, (i, processes))
                for i in range(processes)]  # fmt: skip
     for each in batches if state else ():
       each.set_state(state)

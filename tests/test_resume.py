@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from diffucoder_jax.data import pipeline
+from diffucoder_jax.data import batching
 from diffucoder_jax.runtime import metrics
 from tests import tiny
 
@@ -34,7 +34,7 @@ class Crash(Exception):
 
 def at_step(monkeypatch, number, act):
   """Calls `act` while the `number`-th step of a run, counted from its start, gets its batch."""
-  take, taken = pipeline.TrainBatches.__next__, []
+  take, taken = batching.TrainBatches.__next__, []
 
   def take_and_act(self):
     taken.append(self)
@@ -42,7 +42,7 @@ def at_step(monkeypatch, number, act):
       act()
     return take(self)
 
-  monkeypatch.setattr(pipeline.TrainBatches, "__next__", take_and_act)
+  monkeypatch.setattr(batching.TrainBatches, "__next__", take_and_act)
 
 
 # --- Inside this process.

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffucoder_jax import pretrained, train
-from diffucoder_jax.data import pipeline
+from diffucoder_jax.data import batching, pipeline
 from diffucoder_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from diffucoder_jax.diffusion import process
 from diffucoder_jax.model import attention
@@ -87,7 +87,7 @@ def test_adaptation_starts_from_autoregressive_weights(home, autoregressive, tmp
   before = pretrained.from_pretrained(autoregressive)
   c = tiny.config(home, None, changes)
   corpus = pipeline.load_corpus(c.data, before.tokenizer, c.seed)
-  batch = next(pipeline.train_batches(corpus.train, c.data, c.seed))
+  batch = next(batching.train_batches(corpus.train, c.data, c.seed))
   annealed, *others = full_losses(c, before.params, batch, (0.25, 0.0, 1.0))
   assert loss == pytest.approx(annealed, rel=1e-5)
   for other in others:  # neither that of causal attention nor that of full attention
@@ -157,7 +157,7 @@ def test_adapters_learn_while_the_weights_stay(home, autoregressive, tmp_path, a
   if arg == "ar":
     return  # to stop one of them is enough
 
-  take, taken = pipeline.TrainBatches.__next__, []
+  take, taken = batching.TrainBatches.__next__, []
 
   def take_and_stop(self):
     taken.append(self)
@@ -166,7 +166,7 @@ def test_adapters_learn_while_the_weights_stay(home, autoregressive, tmp_path, a
     return take(self)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pipeline.TrainBatches, "__next__", take_and_stop)
+    patch.setattr(batching.TrainBatches, "__next__", take_and_stop)
     with pytest.raises(SystemExit):
       tiny.run_training(c, tmp_path / "run")
   assert tiny.steps_on_file(tmp_path / "run") == [3]
@@ -212,7 +212,7 @@ def test_bits_per_byte_are_those_of_the_saved_weights(autoregressive):
     return jax.nn.log_softmax(unembed(params, features))
 
   nats = size = 0.0
-  for batch in pipeline.held_out_batches(corpus.held_out, c.eval.rows, 8):
+  for batch in batching.held_out_batches(corpus.held_out, c.eval.rows, 8):
     tokens_BL, scored_BL = batch["tokens"], batch["maskable"]
     log_probs_BLV = np.asarray(log_probs(ckpt.params, batch))
     nats -= np.take_along_axis(log_probs_BLV, tokens_BL[..., None], -1)[..., 0][scored_BL].sum()

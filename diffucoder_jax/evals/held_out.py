@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffucoder_jax.data import pipeline
+from diffucoder_jax.data import batching
 from diffucoder_jax.diffusion import likelihood, loss
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.transformer import output_matrix
@@ -44,7 +44,7 @@ def load_sets(parts, eval_config, global_batch, token_bytes_V, mesh, placed=None
   Args:
     parts: {source: rows}.
     eval_config: `rows` is read: how many of each source.
-    global_batch: rows in a batch. placed: those on the devices, `pipeline.placed_rows`.
+    global_batch: rows in a batch. placed: those on the devices, `batching.placed_rows`.
     token_bytes_V: UTF-8 bytes of each token.
     mesh: where the batches go.
   Returns:
@@ -56,7 +56,7 @@ def load_sets(parts, eval_config, global_batch, token_bytes_V, mesh, placed=None
 
 def _load_set(rows, count_rows, global_batch, token_bytes_V, mesh, placed):
   take = functools.partial(
-    pipeline.held_out_batches, rows, count_rows, global_batch, placed=placed
+    batching.held_out_batches, rows, count_rows, global_batch, placed=placed
   )
   # Every process counts the bytes of all rows; only the tokens are cut by process.
   num_bytes = [

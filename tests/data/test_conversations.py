@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffucoder_jax.data import chat, conversations, instructions, pipeline
+from diffucoder_jax.data import batching, chat, conversations, instructions, pipeline
 from diffucoder_jax.data import rows as rows_lib
 
 LEETCODE = pathlib.Path(__file__).parents[3] / "shared/benchmarks/leetcode"
@@ -257,8 +257,8 @@ def test_rows_pickle_and_repeat(config, tokenizer):
 def test_batches_are_the_same_for_one_and_two_processes(config, hf_tokenizer):
   rows = conversations.load_conversations(config, hf_tokenizer).train
   steps = 2 * len(rows) // 8 + 1  # into the third epoch
-  whole = pipeline.train_batches(rows, config, seed=3)
-  parts = [pipeline.train_batches(rows, config, 3, (i, 2)) for i in range(2)]
+  whole = batching.train_batches(rows, config, seed=3)
+  parts = [batching.train_batches(rows, config, 3, (i, 2)) for i in range(2)]
   seen = []
   for _ in range(steps):
     batch, *halves = next(whole), *(next(part) for part in parts)
@@ -274,7 +274,7 @@ def test_batches_are_the_same_for_one_and_two_processes(config, hf_tokenizer):
 
 def test_held_out_batches_are_filled_up_with_nothing(config, hf_tokenizer):
   rows = conversations.load_conversations(config, hf_tokenizer).held_out
-  batches = list(pipeline.held_out_batches(rows, len(rows), 16))
+  batches = list(batching.held_out_batches(rows, len(rows), 16))
   last = {key: value[len(rows) % 16 :] for key, value in batches[-1].items()}
   assert len(last["tokens"]) and (last["tokens"] == rows.pad_id).all()
   assert not any(last[key].any() for key in ("segment_ids", "maskable", "prompt"))

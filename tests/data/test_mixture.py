@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from diffucoder_jax.data import pipeline
+from diffucoder_jax.data import batching, pipeline
 from diffucoder_jax.data.mixture import BLOCK, Mixture, RecordTokens
 from diffucoder_jax.data.pipeline import PackedRows
 
@@ -59,12 +59,12 @@ def test_every_source_comes_once_an_epoch():
 
 def test_batches_do_not_depend_on_processes_or_restarts(data_config):
   data_config.global_batch = 8
-  whole = pipeline.train_batches(mixture(), data_config, seed=3)
+  whole = batching.train_batches(mixture(), data_config, seed=3)
   whole = np.stack([next(whole)["tokens"] for _ in range(40)])
-  first = [pipeline.train_batches(mixture(), data_config, 3, (i, 1)) for i in range(1)]
+  first = [batching.train_batches(mixture(), data_config, 3, (i, 1)) for i in range(1)]
   parts = [next(first[0])["tokens"] for _ in range(15)]
   state = first[0].get_state()
-  second = [pipeline.train_batches(mixture(), data_config, 3, (i, 2)) for i in range(2)]
+  second = [batching.train_batches(mixture(), data_config, 3, (i, 2)) for i in range(2)]
   for batches in second:
     batches.set_state(state)
   parts += [np.concatenate([next(batches)["tokens"] for batches in second]) for _ in range(25)]
@@ -144,7 +144,7 @@ def test_prepared_datasets_are_mixed_and_packed(tmp_path, data_config, sentencep
   opened = corpus.open_corpus(data_config, sentencepiece_tokenizer, seed=0)
   assert opened.report["code_share"] == 0.75
   assert set(opened.held_out) == {"code", "text"}
-  batches = pipeline.train_batches(opened.train, data_config, seed=1)
+  batches = batching.train_batches(opened.train, data_config, seed=1)
   texts = [
     sentencepiece_tokenizer.decode(row) for _ in range(50) for row in next(batches)["tokens"]
   ]

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 import pytest
 
-from diffucoder_jax.data import pipeline, sources
+from diffucoder_jax.data import batching, pipeline, sources
 from diffucoder_jax.data.pipeline import PackedRows
 
 
@@ -126,8 +126,8 @@ def test_small_blocks_encode_the_same(corpus_config, corpus, sentencepiece_token
 @pytest.mark.parametrize("count", [2, 4])
 def test_batches_do_not_depend_on_the_number_of_processes(corpus, corpus_config, count):
   steps = 3 * len(corpus.train) // corpus_config.global_batch  # into the third epoch
-  whole = take(pipeline.train_batches(corpus.train, corpus_config, seed=3), steps)
-  parts = [take(pipeline.train_batches(corpus.train, corpus_config, 3, (i, count)), steps)
+  whole = take(batching.train_batches(corpus.train, corpus_config, seed=3), steps)
+  parts = [take(batching.train_batches(corpus.train, corpus_config, 3, (i, count)), steps)
            for i in range(count)]
   for step, batch in enumerate(whole):
     assert batch["tokens"].shape == (8, 16)
@@ -138,13 +138,13 @@ def test_batches_do_not_depend_on_the_number_of_processes(corpus, corpus_config,
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(corpus, corpus_config, count, caplog):
   """8 rows for 6 batch shards: 4 of padding at the end, whoever reads them; the rows stay the same."""
-  whole = take(pipeline.train_batches(corpus.train, corpus_config, seed=3), 5)
-  assert pipeline.placed_rows(corpus_config, 6) == 8  # only where it is asked for
+  whole = take(batching.train_batches(corpus.train, corpus_config, seed=3), 5)
+  assert batching.placed_rows(corpus_config, 6) == 8  # only where it is asked for
   corpus_config.fill_batch = True
-  placed = pipeline.placed_rows(corpus_config, 6)
+  placed = batching.placed_rows(corpus_config, 6)
   assert placed == 12 and "4 empty rows fill up 8 to 12" in caplog.text
-  assert pipeline.placed_rows(corpus_config, 4) == 8
-  iterators = [pipeline.train_batches(corpus.train, corpus_config, 3, (i, count), placed)
+  assert batching.placed_rows(corpus_config, 4) == 8
+  iterators = [batching.train_batches(corpus.train, corpus_config, 3, (i, count), placed)
                for i in range(count)]  # fmt: skip
   take(iterators[-1], 4)
   iterators[-1].set_state({"next_index": 0})
@@ -160,25 +160,25 @@ def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(corpus, corpus_confi
 def test_each_epoch_shows_every_row_once_in_a_new_order(corpus, corpus_config):
   rows = len(corpus.train)
   assert rows % 8  # epochs end inside a batch
-  batches = take(pipeline.train_batches(corpus.train, corpus_config, seed=3), rows)  # 8 epochs
+  batches = take(batching.train_batches(corpus.train, corpus_config, seed=3), rows)  # 8 epochs
   seen = [tokens.tobytes() for batch in batches for tokens in batch["tokens"]]
   expected = collections.Counter(row["tokens"].tobytes() for row in all_rows(corpus.train))
   epochs = [seen[i : i + rows] for i in range(0, len(seen), rows)]
   assert all(collections.Counter(epoch) == expected for epoch in epochs)
   assert epochs[0] != epochs[1]
-  other = take(pipeline.train_batches(corpus.train, corpus_config, seed=4), 1)
+  other = take(batching.train_batches(corpus.train, corpus_config, seed=4), 1)
   assert (other[0]["tokens"] != batches[0]["tokens"]).any()
 
 
 def test_resume_continues_exactly_with_another_process_count(corpus, corpus_config):
-  whole = take(pipeline.train_batches(corpus.train, corpus_config, seed=3), 30)
-  first = pipeline.train_batches(corpus.train, corpus_config, 3, (1, 2))
+  whole = take(batching.train_batches(corpus.train, corpus_config, seed=3), 30)
+  first = batching.train_batches(corpus.train, corpus_config, 3, (1, 2))
   assert first.get_state() == {"next_index": 0}
   take(first, 11)
   state = json.loads(json.dumps(first.get_state()))
   assert state == {"next_index": 11}
   for index, count in ((0, 1), (3, 4)):
-    resumed = pipeline.train_batches(corpus.train, corpus_config, 3, (index, count))
+    resumed = batching.train_batches(corpus.train, corpus_config, 3, (index, count))
     take(resumed, 2)  # also when it was already running
     resumed.set_state(state)
     assert resumed.get_state() == state
@@ -196,7 +196,7 @@ def test_rows_are_a_grain_source(corpus):
 @pytest.mark.parametrize("count_rows", [1, 5, 10, 1000])
 def test_held_out_batches_cover_the_sample_once(corpus, count_rows):
   rows = corpus.held_out
-  batches = list(pipeline.held_out_batches(rows, count_rows, 4))
+  batches = list(batching.held_out_batches(rows, count_rows, 4))
   assert {batch["tokens"].shape for batch in batches} == {(4, 16)}
   stacked = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
   real = stacked["segment_ids"].any(axis=1)
@@ -207,15 +207,15 @@ def test_held_out_batches_cover_the_sample_once(corpus, count_rows):
   chosen = collections.Counter(tokens.tobytes() for tokens in stacked["tokens"][real])
   assert chosen <= possible
   # A larger sample begins with the smaller one; processes hold blocks of the same batches.
-  everything = next(pipeline.held_out_batches(rows, len(rows), taken))
+  everything = next(batching.held_out_batches(rows, len(rows), taken))
   np.testing.assert_array_equal(stacked["tokens"][:taken], everything["tokens"])
-  parts = [list(pipeline.held_out_batches(rows, count_rows, 4, (i, 2))) for i in range(2)]
+  parts = [list(batching.held_out_batches(rows, count_rows, 4, (i, 2))) for i in range(2)]
   for step, batch in enumerate(batches):
     assert_equal(batch, {key: np.concatenate([part[step][key] for part in parts]) for key in batch})
 
 
 def test_held_out_sample_is_spread_over_the_rows(corpus):
-  tokens = next(pipeline.held_out_batches(corpus.held_out, 6, 6))["tokens"]
+  tokens = next(batching.held_out_batches(corpus.held_out, 6, 6))["tokens"]
   assert (tokens != np.stack([row["tokens"] for row in all_rows(corpus.held_out)[:6]])).any()
 
 
@@ -254,21 +254,21 @@ def test_unigram_scores_the_rows_that_are_asked_for(corpus, sentencepiece_tokeni
 def test_errors_by_name(corpus, corpus_config, sentencepiece_tokenizer):
   for index, count in ((0, 3), (0, 16)):
     with pytest.raises(ValueError, match=f"data.global_batch=8 cannot be cut into {count} equal"):
-      pipeline.train_batches(corpus.train, corpus_config, 0, (index, count))
+      batching.train_batches(corpus.train, corpus_config, 0, (index, count))
   with pytest.raises(ValueError, match="shard 2 of 2"):
-    pipeline.train_batches(corpus.train, corpus_config, 0, (2, 2))
+    batching.train_batches(corpus.train, corpus_config, 0, (2, 2))
   corpus_config.global_batch = len(corpus.train) + 1
   with pytest.raises(ValueError, match=r"fewer than data.global_batch=.*give more text"):
-    pipeline.train_batches(corpus.train, corpus_config, 0)
+    batching.train_batches(corpus.train, corpus_config, 0)
   with pytest.raises(ValueError, match="the evaluation batch=3 cannot be cut into 2"):
-    pipeline.held_out_batches(corpus.held_out, 8, 3, (0, 2))
+    batching.held_out_batches(corpus.held_out, 8, 3, (0, 2))
   with pytest.raises(ValueError, match="asked for 0 of"):
-    pipeline.held_out_batches(corpus.held_out, 0, 4)
+    batching.held_out_batches(corpus.held_out, 0, 4)
   corpus_config.held_out = 0.0
   everything = pipeline.load_corpus(corpus_config, sentencepiece_tokenizer, 0)
   assert len(everything.held_out) == 0 and "held_out_bytes_per_token" not in everything.report
   with pytest.raises(ValueError, match=r"of 0 held-out rows; raise data\.held_out"):
-    pipeline.held_out_batches(everything.held_out, 8, 4)
+    batching.held_out_batches(everything.held_out, 8, 4)
   corpus_config.held_out = 0.9999999
   with pytest.raises(ValueError, match="nothing to train on: 60 document.*lower data.held_out"):
     pipeline.load_corpus(corpus_config, sentencepiece_tokenizer, 0)
