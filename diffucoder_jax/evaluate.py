@@ -25,7 +25,8 @@ from diffucoder_jax.evals import benchmarks, bounds, sample_log, sampling, score
 from diffucoder_jax.evals import pins as pins_lib
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.pretrained import from_pretrained
-from diffucoder_jax.runtime import checkpoint, hosts, sharding
+from diffucoder_jax.runtime import checkpoint as checkpoints
+from diffucoder_jax.runtime import hosts, sharding
 from diffucoder_jax.runtime import workdir as workdirs
 
 
@@ -121,7 +122,7 @@ def run(
         print(
           f"{opened.name}: {len(found)} of {len(rows)} samples, {seconds:.0f} s", file=sys.stderr
         )
-      if len(found) < len(rows) and hosts.largest_everywhere(checkpoint.sigterm_came()):
+      if len(found) < len(rows) and hosts.largest_everywhere(checkpoints.sigterm_came()):
         logging.warning("preempted: %d samples are in %s; start the same command again", len(found), path)
         sys.exit(hosts.PREEMPTED)
     if writer:
@@ -355,7 +356,7 @@ def main(args):
 if __name__ == "__main__":
   arguments = parse_arguments()
   hosts.start_distributed()
-  checkpoint.catch_sigterm(all_processes=True)
+  checkpoints.catch_sigterm(all_processes=True)
   try:
     hosts.together(main, arguments)
   except (ValueError, FileNotFoundError) as error:

@@ -229,41 +229,30 @@ def arguments(workdir, own, folder, *more):
   ]  # fmt: skip
 
 
-def test_a_killed_evaluation_goes_on(whole, workdir, own, tmp_path):
-  folder = tmp_path / "killed"
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_evaluation_that_is_ended_goes_on(whole, workdir, own, tmp_path, number):
+  folder = tmp_path / "ended"
   path = folder / "samples.jsonl"
   command = arguments(workdir, own, folder, "--batch_size", "1")
   process = tiny.start("evaluate", command, tmp_path / "log")
   seen = lambda: path.exists() and path.read_bytes().count(b"\n") >= 3  # noqa: E731
   assert tiny.wait_until(seen, process), (tmp_path / "log").read_text()
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
-  raw = path.read_bytes()
+  os.kill(process.pid, number)
+  code, raw = process.wait(), path.read_bytes()
   kept = raw[: raw.rfind(b"\n") + 1]
   assert 3 <= kept.count(b"\n") < 12 and not (folder / "results.json").exists()
-  path.write_bytes(kept + b'{"task_id": "own/5", "sam')  # as if it had died in a line
+  if number == signal.SIGKILL:
+    assert code == -signal.SIGKILL
+    path.write_bytes(kept + b'{"task_id": "own/5", "sam')  # as if it had died in a line
+  else:  # told to end, it first writes what it has
+    assert code == hosts.PREEMPTED and raw == kept
+    told = f"preempted: {kept.count(bytes([10]))} samples are in"
+    assert told in (tmp_path / "log").read_text()
   done = tiny.run("evaluate", command)
   assert done.returncode == 0, done.stderr[-3000:]
   assert "12 of 12 samples" in done.stderr and "pass@2" in done.stdout
   assert path.read_bytes().startswith(kept) and samples(folder) == samples(whole[0])
   assert json.loads((folder / "results.json").read_text())["problems"] == whole[1]["problems"]
-
-
-def test_an_evaluation_that_is_told_to_end_goes_on(whole, workdir, own, tmp_path):
-  folder = tmp_path / "told"
-  path = folder / "samples.jsonl"
-  command = arguments(workdir, own, folder, "--batch_size", "1")
-  process = tiny.start("evaluate", command, tmp_path / "log")
-  seen = lambda: path.exists() and path.read_bytes().count(b"\n") >= 3  # noqa: E731
-  assert tiny.wait_until(seen, process), (tmp_path / "log").read_text()
-  process.send_signal(signal.SIGTERM)
-  assert process.wait() == hosts.PREEMPTED
-  kept = path.read_bytes()
-  assert kept.endswith(b"\n") and 3 <= kept.count(b"\n") < 12
-  assert f"preempted: {kept.count(bytes([10]))} samples are in" in (tmp_path / "log").read_text()
-  done = tiny.run("evaluate", command)
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert path.read_bytes().startswith(kept) and samples(folder) == samples(whole[0])
 
 
 def test_two_processes_are_one(whole, workdir, own, tmp_path):
