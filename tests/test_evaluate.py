@@ -20,6 +20,7 @@ from diffucoder_jax.evals.verdicts import Verdict
 from diffucoder_jax.runtime import hosts
 from tests import tiny
 from tests.hf import folders
+from tests.test_hosts import Pod
 from tests.test_processes import wait_for_both
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("programs")]
@@ -275,6 +276,18 @@ def test_two_processes_are_one(whole, workdir, own, tmp_path):
     results["pins"]["checkpoint"]["fingerprint"] == whole[1]["pins"]["checkpoint"]["fingerprint"]
   )
   assert "pass@2" in ended[0][1] and "pass@2" not in ended[1][1]  # only the first reports
+  # One of them dies: the other ends, and both go on.
+  (folder / "samples.jsonl").unlink()
+  command = [*command, "--batch_size", "2"]
+  pod = Pod(command, tmp_path, 2, module="diffucoder_jax.evaluate")
+  seen = lambda: (folder / "samples.jsonl").exists() and samples(folder)  # noqa: E731
+  assert tiny.wait_until(seen, pod.processes[0]), pod.text(0)
+  pod.lose(1)
+  kept = (folder / "samples.jsonl").read_bytes()
+  pod = Pod(command, tmp_path, 2, module="diffucoder_jax.evaluate")
+  assert pod.wait() == [0, 0], pod.text(0)
+  assert (folder / "samples.jsonl").read_bytes().startswith(kept) and len(kept) > 0
+  assert samples(folder) == samples(whole[0])
   # What stops one stops both, by name.
   (folder / "samples.jsonl").write_text("{}\n")
   started = [

@@ -13,9 +13,11 @@ import pytest
 from configs import sft_7b
 from diffucoder_jax.data.problems import write_problems
 from diffucoder_jax.data.toy_problems import make_problems
-from diffucoder_jax.runtime import heartbeat, hosts
+from diffucoder_jax.runtime import heartbeat, hosts, metrics
 from tests import tiny
+from tests.execution import graded
 
+TRAIN = "diffucoder_jax.train"
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
 STEPS = 40
 # Meshes of four devices over (data, fsdp, tensor).
@@ -24,9 +26,9 @@ LONG = {**MESH, "optim.steps": STEPS, "checkpoint.every": 4, "eval.every": 20, "
 
 
 class Pod:
-  """Processes of one run of `train`, `devices` each. `order`: which process is started as which."""
+  """Processes of one run of a program, `devices` each. `order`: which is started first."""
 
-  def __init__(self, arguments, folder, processes, devices=1, order=None):
+  def __init__(self, arguments, folder, processes, devices=1, order=None, module=TRAIN):
     common = {
       "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{tiny.free_port()}",
       "DIFFUCODER_PROCESSES": str(processes), **QUICK,
@@ -35,9 +37,11 @@ class Pod:
     self.logs = [folder / f"{number + i}.log" for i in range(processes)]
     self.processes = [None] * processes
     for i in order or range(processes):
-      self.processes[i] = tiny.start(
-        "train", arguments, self.logs[i], devices=devices, DIFFUCODER_PROCESS=str(i), **common
-      )
+      with open(self.logs[i], "wb") as log:
+        self.processes[i] = subprocess.Popen(
+          [sys.executable, "-m", module, *arguments], cwd=tiny.ROOT, stdin=subprocess.DEVNULL,
+          stdout=log, stderr=log, env=tiny.environment(devices, DIFFUCODER_PROCESS=str(i), **common),
+        )  # fmt: skip
 
   def reach(self, workdir, step):
     """Waits for a step to be on file."""
@@ -47,6 +51,19 @@ class Pod:
   def signal(self, number, processes):
     for i in processes:
       self.processes[i].send_signal(number)
+
+  def lose(self, victim):
+    """Kills one process; the others have to end within a minute, and to say why."""
+    began = time.monotonic()
+    self.signal(signal.SIGKILL, [victim])
+    codes = self.wait()
+    assert time.monotonic() - began < 60
+    # Whoever finds a broken connection says so itself; JAX ends those that hear of it otherwise,
+    # above all from a coordinator that is gone.
+    told = {hosts.LOST: "it lost the others", -signal.SIGABRT: "indicates that another task died"}
+    assert codes[victim] == -signal.SIGKILL
+    for i in {*range(len(codes))} - {victim}:
+      assert told[codes[i]] in self.text(i), codes
 
   def wait(self, seconds=400):
     """Exit codes; leaves no process behind."""
@@ -73,15 +90,7 @@ def test_four_processes_through_everything(home, tmp_path):
   for victim, step in ((2, 6), (0, 14)):  # 0 is the coordinator
     pod = Pod(arguments(broken, {}), tmp_path, 4, order=[3, 1, 0, 2])
     pod.reach(broken, step)
-    began = time.monotonic()
-    pod.signal(signal.SIGKILL, [victim])
-    codes = pod.wait()
-    assert time.monotonic() - began < 60
-    # Whoever finds a broken connection says so itself; JAX ends those that hear of it otherwise,
-    # above all from a coordinator that is gone.
-    told = {hosts.LOST: "it lost the others", -signal.SIGABRT: "indicates that another task died"}
-    assert codes[victim] == -signal.SIGKILL
-    assert all(told[codes[i]] in pod.text(i) for i in range(4) if i != victim), codes
+    pod.lose(victim)
   pod = Pod(arguments(broken, {}), tmp_path, 4)
   pod.reach(broken, 22)
   pod.signal(signal.SIGTERM, range(4))
@@ -128,9 +137,38 @@ def test_two_processes_tune_as_one_does(home, tmp_path):
   wanted, found = tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two")
   assert len(found) == len(wanted)
   for row, other in zip(found, wanted, strict=True):
-    own = {key: value for key, value in row.items() if not key.startswith("hosts/")}
-    assert own == pytest.approx(other, rel=1e-5)
-  assert any("hosts/own_seconds_slowest" in row for row in found)
+    assert row == pytest.approx(other, rel=1e-5)
+  assert any("hosts/own_seconds_slowest" in row for row in metrics.read(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_two_processes_reinforce_through_everything(tmp_path, tmp_path_factory):
+  """Coupled-GRPO: one dies, then both are told to end; what is learnt and logged stays the same."""
+  start = tiny.finished(tmp_path_factory.getbasetemp())
+  graded.write(tmp_path)
+  settings = graded.settings(start, tmp_path, **{"mesh.data": 2, "checkpoint.every": 2})
+  flags = ["--config=configs/grpo_7b.py", *(f"--config.{key}={x}" for key, x in settings.items())]
+
+  def pod(workdir):
+    arguments = [*flags, f"--workdir={workdir}"]
+    return Pod(arguments, tmp_path, 2, module="tests.execution.graded")
+
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  both = pod(straight)
+  assert both.wait() == [0, 0], both.text(0)[-4000:]
+  both = pod(broken)
+  both.reach(broken, 2)
+  both.lose(1)
+  both = pod(broken)
+  both.reach(broken, 4)
+  both.signal(signal.SIGTERM, range(2))
+  codes = both.wait()  # a run that was done before it heard of it ends with 0
+  assert codes in ([hosts.PREEMPTED] * 2, [0, 0]), both.text(0)[-4000:]
+  both = pod(broken)
+  assert both.wait() == [0, 0], both.text(0)[-4000:]
+  assert tiny.contents(broken / "rollouts") == tiny.contents(straight / "rollouts")
+  assert tiny.losses(broken) == tiny.losses(straight)
+  assert len(tiny.losses(broken)) == settings["optim.steps"]
 
 
 def flat(config):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from diffucoder_jax.runtime.sharding import BATCH_AXES
+from diffucoder_jax.runtime.sharding import BATCH_AXES, constrain
 
 
 def lookup(embed_VD, tokens_BL, dtype):
@@ -39,6 +39,7 @@ def lookup(embed_VD, tokens_BL, dtype):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return rows(embed_VD, tokens_BL)
+  tokens_BL = constrain(tokens_BL, "batch", None)  # refuses by name rows that do not divide
   batch = P(BATCH_AXES)
   return jax.shard_map(local, in_specs=(P("tensor", "fsdp"), batch), out_specs=batch)(
     embed_VD, tokens_BL

@@ -77,7 +77,8 @@ def together(main, *args):
     if jax.process_count() == 1:
       raise
     traceback.print_exc()
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # JAX passes some of them on as ValueErrors, with the text of its library for CPUs.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
       end(
         f"{name()} ends: it lost the others (the error above), so another process has ended, and its "
         "log says why. Start all processes again with the same command; they go on from the last "
