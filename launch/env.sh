@@ -45,6 +45,44 @@ usage() {
   awk 'NR > 1 && /^#/ {sub(/^# ?/, ""); print; next} NR > 1 {exit}' "$0"
 }
 
+# --- Arguments.
+
+# read_word WORDS ARGUMENTS...: sets WORD to the first argument, which has to be one of WORDS, and REST to
+# what follows. --dry-run and --help may stand before it and right behind it.
+read_word() {
+  local known=$1
+  shift
+  WORD=""
+  while [ $# -gt 0 ] && { [ "$1" = --dry-run ] || [ "$1" = --help ] || [ -z "$WORD" ]; }; do
+    case $1 in
+      --dry-run) DRY_RUN=1 ;;
+      --help)
+        usage
+        exit
+        ;;
+      *)
+        [[ " $known " == *" $1 "* ]] || fail "'$1' is none of ${known// /, }; see --help"
+        WORD=$1
+        ;;
+    esac
+    shift
+  done
+  [ -n "$WORD" ] || fail "say what to do, one of ${known// /, }; see --help"
+  # shellcheck disable=SC2034 # of the script that sources this
+  REST=("$@")
+}
+
+# confirm WHAT ARGUMENTS...: asks before something is deleted, unless the arguments say --yes.
+confirm() {
+  local what=$1 answer=""
+  shift
+  [ $# -eq 0 ] || [ "$*" = --yes ] || fail "delete does not know '$*'"
+  if [ $# -eq 0 ] && [ -z "$DRY_RUN" ]; then
+    read -r -p "delete $what? [y/N] " answer || true
+    [[ $answer == [yY]* ]] || fail "not deleted"
+  fi
+}
+
 # --- Showing and running commands.
 
 # quote WORDS...: the words as a line that a shell reads as the same words.

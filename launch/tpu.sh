@@ -248,40 +248,14 @@ stop() {
 }
 
 delete() {
-  local yes="" answer=""
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --yes) yes=1 ;;
-      *) fail "delete does not know '$1'" ;;
-    esac
-    shift
-  done
-  if [ -z "$yes$DRY_RUN" ]; then
-    read -r -p "delete $NAME in $ZONE with all that is on its disks? [y/N] " answer || true
-    [[ $answer == [yY]* ]] || fail "not deleted"
-  fi
+  confirm "$NAME in $ZONE with all that is on its disks" "$@"
   place
   tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
 }
 
-words=()
-while [ $# -gt 0 ] && { [ "$1" = --dry-run ] || [ "$1" = --help ] || [ ${#words[@]} -eq 0 ]; }; do
-  case $1 in
-    --dry-run) DRY_RUN=1 ;;
-    --help)
-      usage
-      exit
-      ;;
-    create | setup | run | status | logs | stop | delete) words=("$1") ;;
-    *) fail "'$1' is none of create, setup, run, status, logs, stop, delete; see --help" ;;
-  esac
-  shift
-done
-[ ${#words[@]} -gt 0 ] || fail "say what to do: create, setup, run, status, logs, stop or delete; see --help"
+read_word "create setup run status logs stop delete" "$@"
 check_place
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null ||
   fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
-case ${words[0]} in
-  run) start "$@" ;;
-  *) "${words[0]}" "$@" ;;
-esac
+[ "$WORD" != run ] || WORD=start # `run` is env.sh's
+"$WORD" ${REST[@]+"${REST[@]}"}

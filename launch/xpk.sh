@@ -119,39 +119,15 @@ logs() {
 }
 
 delete() {
-  local yes="" answer=""
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --yes) yes=1 ;;
-      *) fail "delete does not know '$1'" ;;
-    esac
-    shift
-  done
-  if [ -z "$yes$DRY_RUN" ]; then
-    read -r -p "delete workload $NAME of cluster $CLUSTER? [y/N] " answer || true
-    [[ $answer == [yY]* ]] || fail "not deleted"
-  fi
+  confirm "workload $NAME of cluster $CLUSTER" "$@"
   run xpk workload delete "${XPK[@]}" --workload="$NAME" --force
 }
 
-words=()
-while [ $# -gt 0 ] && { [ "$1" = --dry-run ] || [ "$1" = --help ] || [ ${#words[@]} -eq 0 ]; }; do
-  case $1 in
-    --dry-run) DRY_RUN=1 ;;
-    --help)
-      usage
-      exit
-      ;;
-    image | create | list | logs | delete) words=("$1") ;;
-    *) fail "'$1' is none of image, create, list, logs, delete; see --help" ;;
-  esac
-  shift
-done
-[ ${#words[@]} -gt 0 ] || fail "say what to do: image, create, list, logs or delete; see --help"
+read_word "image create list logs delete" "$@"
 check_place
 check CLUSTER '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
 check IMAGE '[a-z0-9][-a-z0-9._/:@]*' us-east5-docker.pkg.dev/my-project/images/diffucoder:1
-[ -n "$DRY_RUN" ] || [ "${words[0]}" = image ] || command -v xpk >/dev/null ||
+[ -n "$DRY_RUN" ] || [ "$WORD" = image ] || command -v xpk >/dev/null ||
   fail "xpk is not installed: pip install xpk"
 xpk_place
-"${words[0]}" "$@"
+"$WORD" ${REST[@]+"${REST[@]}"}
