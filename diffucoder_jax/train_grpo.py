@@ -182,7 +182,7 @@ def main(config, workdir):
   prompts, held_out = open_prompts(config, ckpt.tokenizer)
   asked = [part.ids if part else None for part in (prompts, held_out)]
   hosts.check_same_everywhere(
-    {"the tokenizer": ckpt.tokenizer.fingerprint(), "the problems": workdirs.crc(asked)}
+    {"the tokenizer": ckpt.tokenizer.fingerprint(), "the problems": asked}
   )
   sandbox = Sandbox(
     limits=Limits(**config.sandbox.limits), allow_unsafe=config.sandbox.allow_unsafe

@@ -252,7 +252,9 @@ NORMALISERS = {
   "maskable": lambda masked_BL, maskable_BL, _: _per_token(maskable_BL),
   "sequence": lambda masked_BL, maskable_BL, _: _per_sequence(maskable_BL),
   # Not the rows that `data.fill_batch` adds, in which there is nothing.
-  "batch": lambda *arrays: _per_token(jnp.any(arrays[2] > 0, axis=1, keepdims=True)),
+  "batch": lambda masked_BL, maskable_BL, segment_ids_BL: _per_token(
+    jnp.any(segment_ids_BL > 0, axis=1, keepdims=True)
+  ),
 }
 
 

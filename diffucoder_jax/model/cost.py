@@ -84,6 +84,16 @@ def _backward(config, forward):
   return Flops((1.0 if config.lora_rank else 2.0) * forward.layers, attention, 0.0)
 
 
+def _executed(config, forward, passes):
+  """FLOPs of a token in the layers: `passes` forward passes, what is computed again, and backward."""
+  backward = _backward(config, forward)
+  layers, attention = RECOMPUTED.get(config.remat, (1.0, 1.0))
+  return (
+    forward.layers * (passes + layers) + backward.layers
+    + forward.attention * (passes + attention) + backward.attention
+  )  # fmt: skip
+
+
 def training(config, tokens, seq_len, head_share):
   """`Work` of a training step.
 
@@ -92,13 +102,7 @@ def training(config, tokens, seq_len, head_share):
     head_share: share of the positions whose logits are computed (twice, and their gradients).
   """
   forward = forward_flops(config, seq_len)
-  backward = _backward(config, forward)
-  layers, attention = RECOMPUTED.get(config.remat, (1.0, 1.0))
-  executed = (
-    forward.layers * (1 + layers) + backward.layers
-    + forward.attention * (1 + attention) + backward.attention
-    + forward.head * 4 * head_share
-  )  # fmt: skip
+  executed = _executed(config, forward, 1) + forward.head * 4 * head_share
   return Work(
     tokens * train_flops_per_token(config, seq_len), tokens * executed, tokens, 1,
     f"useful: 6 per weight and token and attention; executed: with remat {config.remat!r}, scores "
@@ -112,12 +116,7 @@ def policy_update(config, tokens, seq_len, passes, scored):
   Every pass is run again in the backward pass, on top of what its layers compute again.
   """
   forward = forward_flops(config, seq_len)
-  backward = _backward(config, forward)
-  layers, attention = RECOMPUTED.get(config.remat, (1.0, 1.0))
-  body = (
-    forward.layers * (2 + layers) + backward.layers
-    + forward.attention * (2 + attention) + backward.attention
-  )  # fmt: skip
+  body = _executed(config, forward, 2)
   per_token = train_flops_per_token(config, seq_len) - 3 * forward.head
   useful = passes * (tokens * per_token + 3 * scored * forward.head)
   return Work(

@@ -3,6 +3,7 @@
 Every process runs the same program text and calls the functions here in the same order.
 """
 
+import importlib.metadata
 import json
 import logging as python_logging
 import os
@@ -23,6 +24,9 @@ LOST = 43  # of a process that others have left, or that hangs: the same remedy
 # Seconds without a sign of life after which a process is taken for dead and all others end. JAX's
 # own 100 leave a pod idle for longer than a restart takes.
 HEARTBEAT_SECONDS = 30
+# What an error says when another process is gone: status codes of JAX's runtime, and its library for
+# CPUs. Others, such as RESOURCE_EXHAUSTED, are this process's own.
+LOST_SIGNS = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Gloo", "heartbeat")
 
 
 def start_distributed():
@@ -77,14 +81,20 @@ def together(main, *args):
     if jax.process_count() == 1:
       raise
     traceback.print_exc()
-    # JAX passes some of them on as ValueErrors, with the text of its library for CPUs.
-    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+    if lost(error):
       end(
         f"{name()} ends: it lost the others (the error above), so another process has ended, and its "
         "log says why. Start all processes again with the same command; they go on from the last "
         "checkpoint"
       )
     end(f"{name()} ends because of the error above, and the others with it", 1)
+
+
+def lost(error):
+  """Whether an exception says that another process is gone: by `LOST_SIGNS`, in an error of JAX's
+  runtime or in the ValueError that some of JAX's functions make of it."""
+  of_runtime = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+  return of_runtime and any(sign in str(error) for sign in LOST_SIGNS)
 
 
 def end(line, code=LOST):
@@ -142,8 +152,8 @@ def versions():
   files = sorted(package.rglob("*.py"))
   code = zlib.crc32(b"".join(f"{f.relative_to(package)}".encode() + f.read_bytes() for f in files))
   return {
-    "the code": f"{code:08x}", "Python": sys.version.split()[0], "jax": jax.__version__,
-    "jaxlib": jax.lib.__version__,
+    "the code": f"{code:08x}", "Python": sys.version.split()[0],
+    **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
   }  # fmt: skip
 
 
