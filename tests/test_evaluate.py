@@ -279,12 +279,12 @@ def test_two_processes_are_one(whole, workdir, own, tmp_path):
   # One of them dies: the other ends, and both go on.
   (folder / "samples.jsonl").unlink()
   command = [*command, "--batch_size", "2"]
-  pod = Pod(command, tmp_path, 2, module="diffucoder_jax.evaluate")
+  pod = Pod(command, tmp_path, 2, program=("-m", "diffucoder_jax.evaluate"))
   seen = lambda: (folder / "samples.jsonl").exists() and samples(folder)  # noqa: E731
   assert tiny.wait_until(seen, pod.processes[0]), pod.text(0)
   pod.lose(1)
   kept = (folder / "samples.jsonl").read_bytes()
-  pod = Pod(command, tmp_path, 2, module="diffucoder_jax.evaluate")
+  pod = Pod(command, tmp_path, 2, program=("-m", "diffucoder_jax.evaluate"))
   assert pod.wait() == [0, 0], pod.text(0)
   assert (folder / "samples.jsonl").read_bytes().startswith(kept) and len(kept) > 0
   assert samples(folder) == samples(whole[0])

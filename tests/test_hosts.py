@@ -1,5 +1,6 @@
 """Real processes on loopback: what they tell each other, and how they end and start together."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from diffucoder_jax.runtime import workdir as workdirs
 from tests import tiny
 from tests.execution import graded
 
-TRAIN = "diffucoder_jax.train"
+TRAIN = ("-m", "diffucoder_jax.train")
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
 STEPS = 40
 # Meshes of four devices over (data, fsdp, tensor).
@@ -28,7 +29,7 @@ LONG = {**MESH, "optim.steps": STEPS, "checkpoint.every": 4, "eval.every": 20, "
 class Pod:
   """Processes of one run of a program, `devices` each. `order`: which is started first."""
 
-  def __init__(self, arguments, folder, processes, devices=1, order=None, module=TRAIN):
+  def __init__(self, arguments, folder, processes, devices=1, order=None, program=TRAIN):
     common = {
       "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{tiny.free_port()}",
       "DIFFUCODER_PROCESSES": str(processes), **QUICK,
@@ -39,7 +40,7 @@ class Pod:
     for i in order or range(processes):
       with open(self.logs[i], "wb") as log:
         self.processes[i] = subprocess.Popen(
-          [sys.executable, "-m", module, *arguments], cwd=tiny.ROOT, stdin=subprocess.DEVNULL,
+          [sys.executable, *program, *arguments], cwd=tiny.ROOT, stdin=subprocess.DEVNULL,
           stdout=log, stderr=log, env=tiny.environment(devices, DIFFUCODER_PROCESS=str(i), **common),
         )  # fmt: skip
 
@@ -62,6 +63,7 @@ class Pod:
     # above all from a coordinator that is gone.
     told = {hosts.LOST: "it lost the others", -signal.SIGABRT: "indicates that another task died"}
     assert codes[victim] == -signal.SIGKILL
+    assert victim == 0 or codes[0] == hosts.LOST, codes
     for i in {*range(len(codes))} - {victim}:
       assert told[codes[i]] in self.text(i), codes
 
@@ -152,7 +154,7 @@ def test_two_processes_reinforce_through_everything(tmp_path, tmp_path_factory):
 
   def pod(workdir):
     arguments = [*flags, f"--workdir={workdir}"]
-    return Pod(arguments, tmp_path, 2, module="tests.execution.graded")
+    return Pod(arguments, tmp_path, 2, program=("-m", "tests.execution.graded"))
 
   straight, broken = tmp_path / "straight", tmp_path / "broken"
   both = pod(straight)
@@ -207,18 +209,54 @@ def test_who_straggles():
   assert not heartbeat.straggles([0.4, 0.5, 0.5, 0.6])
 
 
-def test_a_straggler_is_named(monkeypatch, caplog):
-  alive = heartbeat.Heartbeat(0)
-  alive.beat(1, 0.9)
-  alive.beat(2, 0.7)
-  alive.beat(2)  # an evaluation, say
-  told = []
-  monkeypatch.setattr(hosts, "gather", lambda mine: told.append(mine) or [0.1, mine, 0.1])
-  assert alive.report() == pytest.approx({
-    "hosts/own_seconds": 1 / 3, "hosts/own_seconds_slowest": 0.8,
-  })  # fmt: skip
-  assert told == [0.8] and "process 1 is slow: it spends 0.80 s a step" in caplog.text
+STRAGGLES = """
+import json, jax
+from diffucoder_jax.runtime import heartbeat, hosts
+hosts.start_distributed()
+alive = heartbeat.Heartbeat(0)
+own = 0.9 if jax.process_index() == 1 else 0.1
+reports = []
+for step in range(1, 4):
+  alive.beat(step, own)
+  alive.beat(step, own + 0.2)
+  alive.beat(step)  # an evaluation, say
+  reports.append(alive.report())
   assert alive.own == alive.steps == 0
+print(json.dumps(reports))
+"""
+
+
+@pytest.mark.slow
+def test_a_straggler_is_named(tmp_path):
+  pod = Pod([], tmp_path, 3, devices=2, program=("-c", STRAGGLES))
+  assert pod.wait() == [0] * 3, pod.text(0)
+  first, *others = json.loads(pod.text(0).splitlines()[-1])
+  assert first == {}  # what is said is known one report later: nobody waits for it
+  for report in others:
+    wanted = {"hosts/own_seconds": (0.2 + 1.0 + 0.2) / 3, "hosts/own_seconds_slowest": 1.0}
+    assert report == pytest.approx(wanted)
+  assert pod.text(2).count("process 1 is slow: it spends 1.00 s a step") == 2
+
+
+def test_one_process_has_nobody_to_compare_with():
+  alive = heartbeat.Heartbeat(0)
+  alive.beat(1, 5.0)
+  assert alive.report() == alive.report() == {}
+
+
+@pytest.mark.parametrize(
+  ("error", "is_lost"),
+  [
+    (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),
+    (ValueError("UNKNOWN: Gloo AllGather failed: Read error"), True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: The following tasks are unhealthy"), True),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+    (ValueError("the config is wrong"), False),
+    (OSError("UNAVAILABLE"), False),
+  ],
+)
+def test_an_error_of_ones_own_is_no_lost_process(error, is_lost):
+  assert hosts.lost(error) == is_lost
 
 
 def test_disagreement_is_named(monkeypatch):
