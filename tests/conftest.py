@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict shapes, and the golden data when it lies beside the project."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -19,6 +20,14 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes insist on parsed flags
 SHARED = pathlib.Path(
   os.environ.get("DIFFUCODER_SHARED", pathlib.Path(__file__).parents[2] / "shared")
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Compiled programs take memory maps, of which a process has 65,530; the whole set takes more."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
