@@ -1,6 +1,6 @@
 """Compiles the 7B's programs for five TPU slices, without a TPU, and makes one table of all.
 
-  python launch/aot_table.py --output=DIR                    about an hour and a half on 2 cores
+  python launch/aot_table.py --output=DIR                    about an hour on 2 cores
   python launch/aot_table.py --output=DIR --only=stage1 --only=v5p-64
   python launch/aot_table.py --output=DIR --extra=--config.model.remat=dots
 

@@ -74,3 +74,13 @@ def test_keys_that_came_later_do_not_stop_a_run_at_their_old_meaning():
   new["optim"]["rounding"] = "stochastic"
   with pytest.raises(ValueError, match="optim.rounding: absent"):
     workdirs.check_config(old, new, "it")
+
+
+def test_a_run_may_move_to_a_pod_of_another_shape():
+  old = {"data": {"batch_size": 160}}
+  new = {"data": {"batch_size": 160, "fill_batch": True}, "hosts": {"hang_seconds": 600.0}}
+  assert workdirs.check_config(old, new, "it") == [
+    "data.fill_batch: absent -> true", "hosts.hang_seconds: absent -> 600.0",
+  ]  # fmt: skip
+  with pytest.raises(ValueError, match="data.batch_size: 160 -> 80"):
+    workdirs.check_config(old, {"data": {"batch_size": 80}}, "it")
