@@ -238,6 +238,28 @@ def test_a_straggler_is_named(tmp_path):
   assert pod.text(2).count("process 1 is slow: it spends 1.00 s a step") == 2
 
 
+FAILS = """
+import jax
+from diffucoder_jax.runtime import hosts
+hosts.start_distributed()
+def main():
+  hosts.gather(0)
+  if jax.process_index() == 1:
+    raise OSError("no space left")
+  hosts.gather(0)
+hosts.together(main)
+"""
+
+
+@pytest.mark.slow
+def test_one_error_ends_all_processes_at_once(tmp_path):
+  pod = Pod([], tmp_path, 2, program=("-c", FAILS))
+  codes = pod.wait(100)  # a Python that ends by itself waits for the other for ever
+  assert codes[1] == 1 and "OSError: no space left" in pod.text(1)
+  assert "process 1 of 2" in pod.text(1) and "the others with it" in pod.text(1)
+  assert codes[0] == hosts.LOST and "it lost the others" in pod.text(0)
+
+
 def test_one_process_has_nobody_to_compare_with():
   alive = heartbeat.Heartbeat(0)
   alive.beat(1, 5.0)
