@@ -8,6 +8,8 @@ approximations, and off unless they are asked for.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import flax
 import jax
@@ -149,14 +151,6 @@ def load_trace(path):
   return Trace(**arrays)
 
 
-def _wanted(tokens_BS, generated_BS, mask_id, eos_id, stop_at_eos):
-  """Masks that a row still has to write, bool [B, S]: with `stop_at_eos`, those before an end."""
-  masked_BS = (tokens_BS == mask_id) & generated_BS
-  if stop_at_eos:
-    masked_BS &= jnp.cumsum((tokens_BS == eos_id) & generated_BS, axis=1) == 0
-  return masked_BS
-
-
 def generate(
   logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None, batch_sizes=()
 ):
@@ -181,127 +175,37 @@ def generate(
   Returns:
     `Trace`.
   """
-  c = config
-  if c.stop_at_eos and eos_id < 0:
+  if config.stop_at_eos and eos_id < 0:
     raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
-  steps = c.steps or c.max_new_tokens
-  if steps < 1:
-    raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
-  cached = c.cache != "none"
+  cached = config.cache != "none"
   if cached and batch_sizes:
     raise ValueError("a cache is of all rows: leave out batch_sizes, or set sampler.cache to none")
-  slots = canvas.shape[1] if slots is None else min(slots, canvas.shape[1])
-  slots = c.max_new_tokens if cached else slots
-  some = slots < canvas.shape[1] or c.block_size > 0
-  width = c.block_size or slots
-  blocks = -(-slots // width)
-  slots, steps = blocks * width, -(-steps // blocks)  # `steps` are a block's from here on
-  ratios_T = remasking.commit_ratios(steps, c.eps, c.schedule)
-  if cached:
-    refreshes_T = jnp.asarray(cache.refreshes(c, steps))
-  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, mask_id, slots)
+  length = canvas.shape[1]
+  some = config.block_size > 0 or (slots is not None and slots < length)
+  slots = config.max_new_tokens if cached else min(length, length if slots is None else slots)
+  plan = _make_plan(config, slots, mask_id, eos_id)
+  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, mask_id, plan.slots)
 
-  def of_block(x_BS, block):
-    """The block's part of [B, S, ...]."""
-    return x_BS if blocks == 1 else jax.lax.dynamic_slice_in_dim(x_BS, block * width, width, axis=1)
-
-  def replaced(x_BS, new_BW, block):
-    if blocks == 1:
-      return new_BW
-    return jax.lax.dynamic_update_slice_in_dim(x_BS, new_BW, block * width, axis=1)
-
-  def evaluate(rows, block, step, state, count_B, active_B):
-    trace, memory, kept = state
-    canvas_BL = canvases.put(rows, trace.tokens, rows.canvas)
-    index_BW, generated_BW = of_block(rows.index, block), of_block(rows.generated, block)
-    if cached:
-      start = canvas.shape[1] - slots + block * width
-      refresh = refreshes_T[step]
-      logits_BWV, kept = cache.look(logits_fn, canvas_BL, rows.valid, start, refresh, kept)
-    else:
-      logits_BWV = logits_fn(canvas_BL, rows.valid, *([index_BW] if some else []))
-    at = block * steps + step
-    keys_BW = None
-    if unmasking.draws(c):
-      keys_BW = unmasking.noise_keys(rows.keys, at, of_block(rows.logical, block))
-    choice, memory = unmasking.choose(
-      logits_BWV, (of_block(trace.tokens, block) == mask_id) & generated_BW & active_B[:, None],
-      count_B, jnp.where(step == steps - 1, 1.0, ratios_T[step]), keys_BW, index_BW, c, mask_id,
-      memory,
-    )  # fmt: skip
-
-    def note(name, new_BW):
-      old_BS = getattr(trace, name)
-      chosen_BW = choice.chosen.reshape(*choice.chosen.shape, *(1,) * (old_BS.ndim - 2))
-      return replaced(old_BS, jnp.where(chosen_BW, new_BW, of_block(old_BS, block)), block)
-
-    found = {
-      "tokens": choice.tokens, "step": at, "confidence": choice.confidence,
-      "entropy": choice.entropy,
-    }  # fmt: skip
-    if c.alternatives:
-      found["alternative_probs"], found["alternatives"] = jax.lax.top_k(
-        choice.probs, c.alternatives
-      )
-    written = {name: note(name, new_BW) for name, new_BW in found.items()}
-    return trace.replace(**written, nfe=trace.nfe + active_B.astype(jnp.int32)), memory, kept
-
-  def evaluate_rows(size, block, step, state, count_B, active_B):
-    """`evaluate` of the first `size` active rows, and of others that come to nothing."""
-    order_R = jnp.argsort(~active_B, stable=True)[:size]
-    few = lambda tree: jax.tree.map(lambda x: x[order_R], tree)  # noqa: E731
-    part = evaluate(few(rows), block, step, few(state), count_B[order_R], active_B[order_R])
-    return jax.tree.map(lambda whole, new: whole.at[order_R].set(new), state, part)
-
-  sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
-  kinds = [lambda block, step, state, *_: state]  # nothing can be committed: nothing is computed
-  kinds += [lambda *args, size=size: evaluate_rows(size, *args) for size in sizes[:-1]]
-  kinds += [lambda *args: evaluate(rows, *args)]
-
-  def body(block, carry):
-    step, state = carry
-    tokens_BW, generated_BW = of_block(state[0].tokens, block), of_block(rows.generated, block)
-    left_B = jnp.sum((tokens_BW == mask_id) & generated_BW, axis=1)
-    count_B = remasking.commit_count(c.alg, left_B, step, steps, ratios_T)
-    if c.in_parallel:
-      count_B = jnp.maximum(count_B, 1)
-    active_B = wanted_in(block, state[0]) & ((count_B > 0) | (c.alg == "origin"))
-    number = jnp.sum(active_B)
-    kind = jnp.where(number > 0, 1 + jnp.sum(number > jnp.asarray(sizes)), 0)
-    return step + 1, jax.lax.switch(kind, kinds, block, step, state, count_B, active_B)
-
-  def wanted_in(block, trace):
-    """Rows that have something to write in a block."""
-    wanted_BS = _wanted(trace.tokens, rows.generated, mask_id, eos_id, c.stop_at_eos)
-    return jnp.any(of_block(wanted_BS, block), axis=1)
-
-  def denoise(block, state):
-    """Writes a block, or the whole canvas."""
-    trace, _, kept = state
-    memory = None
-    if c.kl_bound:
-      shape = jax.eval_shape(look_once).shape
-      memory = unmasking.Memory(jnp.zeros(shape), jnp.full(shape[:2], -1, jnp.int32))
-    unfinished = lambda carry: (carry[0] < steps) & jnp.any(wanted_in(block, carry[1][0]))  # noqa: E731
-    carry = jnp.zeros((), jnp.int32), (trace, memory, kept)
-    trace, _, kept = jax.lax.while_loop(unfinished, lambda carry: body(block, carry), carry)[1]
-    return trace, None, kept
-
-  def look_once():
-    """What a first evaluation gives; only its shapes are used."""
-    if cached:
-      return logits_fn[0](rows.canvas, rows.valid, 1)[0]
-    return logits_fn(rows.canvas, rows.valid, *([of_block(rows.index, 0)] if some else []))
+  def look(rows, canvas_BL, block, step, kept):
+    """(logits_BWV of a block, what is kept for the next step)."""
+    if not cached:
+      where = [plan.of_block(rows.index, block)] if some else []
+      return logits_fn(canvas_BL, rows.valid, *where), None
+    start = length - slots + block * plan.width
+    return cache.look(logits_fn, canvas_BL, rows.valid, start, plan.refreshes[step], kept)
 
   kept = None
   if cached:
     shapes = jax.eval_shape(lambda: logits_fn[0](rows.canvas, rows.valid, 1)[1])
     kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  state = _empty_trace(rows, c), None, kept
-  if blocks == 1:
+  evaluate = functools.partial(_evaluate, plan, look)
+  sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
+  denoise = functools.partial(_denoise, plan, evaluate, look, sizes, rows)
+  state = _empty_trace(rows, config), None, kept
+  if plan.blocks == 1:
     trace = denoise(0, state)[0]
   else:
-    trace = jax.lax.fori_loop(0, blocks, denoise, state)[0]
+    trace = jax.lax.fori_loop(0, plan.blocks, denoise, state)[0]
   unwritten = {"tokens": canvas, "step": -1, "confidence": 0.0, "entropy": 0.0,
                "alternatives": -1, "alternative_probs": 0.0}  # fmt: skip
   written = {
@@ -310,6 +214,133 @@ def generate(
     if getattr(trace, name) is not None
   }
   return trace.replace(**written, valid=valid)
+
+
+class _Plan(NamedTuple):
+  """How rows are gone through: `blocks` of `width` positions, `steps` each."""
+
+  config: SamplerConfig
+  mask_id: int
+  eos_id: int
+  width: int
+  blocks: int
+  steps: int
+  ratios: jax.Array  # float32 [steps], `remasking.commit_ratios`
+  refreshes: jax.Array | None  # bool [steps], `cache.refreshes`
+
+  @property
+  def slots(self):
+    return self.blocks * self.width
+
+  def of_block(self, x_BS, block):
+    """The block's part of [B, S, ...]."""
+    if self.blocks == 1:
+      return x_BS
+    return jax.lax.dynamic_slice_in_dim(x_BS, block * self.width, self.width, axis=1)
+
+  def with_block(self, x_BS, new_BW, block):
+    """[B, S, ...] with the block's part replaced."""
+    if self.blocks == 1:
+      return new_BW
+    return jax.lax.dynamic_update_slice_in_dim(x_BS, new_BW, block * self.width, axis=1)
+
+  def wanted(self, rows, trace, block):
+    """Rows that still have to write something in a block, bool [B]; with `stop_at_eos`, before an end."""
+    masked_BS = (trace.tokens == self.mask_id) & rows.generated
+    if self.config.stop_at_eos:
+      masked_BS &= jnp.cumsum((trace.tokens == self.eos_id) & rows.generated, axis=1) == 0
+    return jnp.any(self.of_block(masked_BS, block), axis=1)
+
+
+def _make_plan(config, slots, mask_id, eos_id):
+  steps = config.steps or config.max_new_tokens
+  if steps < 1:
+    raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
+  width = config.block_size or slots
+  blocks = -(-slots // width)
+  steps = -(-steps // blocks)
+  ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
+  refreshes_T = None if config.cache == "none" else jnp.asarray(cache.refreshes(config, steps))
+  return _Plan(config, mask_id, eos_id, width, blocks, steps, ratios_T, refreshes_T)
+
+
+def _denoise(plan, evaluate, look, sizes, rows, block, state):
+  """Writes a block, or the whole canvas.
+
+  Args:
+    evaluate, look: as in `generate`. sizes: numbers of rows that may go through the network together.
+    state: (`Trace` [B, S], `unmasking.Memory` or None, what a cache keeps or None).
+  """
+  c = plan.config
+
+  def some_rows(size, step, state, count_B, active_B):
+    """`evaluate` for the first `size` active rows, and for others to which nothing happens."""
+    order_R = jnp.argsort(~active_B, stable=True)[:size]
+    few = lambda tree: jax.tree.map(lambda x: x[order_R], tree)  # noqa: E731
+    part = evaluate(few(rows), block, step, few(state), count_B[order_R], active_B[order_R])
+    return jax.tree.map(lambda whole, new: whole.at[order_R].set(new), state, part)
+
+  # Where nothing can be committed, nothing is computed.
+  kinds = [lambda step, state, *_: state]
+  kinds += [functools.partial(some_rows, size) for size in sizes[:-1]]
+  kinds += [functools.partial(evaluate, rows, block)]
+
+  def body(carry):
+    step, state = carry
+    tokens_BW = plan.of_block(state[0].tokens, block)
+    masked_BW = (tokens_BW == plan.mask_id) & plan.of_block(rows.generated, block)
+    left_B = jnp.sum(masked_BW, axis=1)
+    count_B = remasking.commit_count(c.alg, left_B, step, plan.steps, plan.ratios)
+    if c.in_parallel:
+      count_B = jnp.maximum(count_B, 1)
+    active_B = plan.wanted(rows, state[0], block) & ((count_B > 0) | (c.alg == "origin"))
+    number = jnp.sum(active_B)
+    kind = jnp.where(number > 0, 1 + jnp.sum(number > jnp.asarray(sizes)), 0)
+    return step + 1, jax.lax.switch(kind, kinds, step, state, count_B, active_B)
+
+  def unfinished(carry):
+    step, (trace, _, _) = carry
+    return (step < plan.steps) & jnp.any(plan.wanted(rows, trace, block))
+
+  trace, memory, kept = state
+  if c.kl_bound:
+    logits_BWV = jax.eval_shape(lambda: look(rows, rows.canvas, 0, 0, kept)[0])
+    memory = unmasking.forgetting(logits_BWV.shape)
+  start = jnp.zeros((), jnp.int32), (trace, memory, kept)
+  trace, _, kept = jax.lax.while_loop(unfinished, body, start)[1]
+  return trace, None, kept
+
+
+def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
+  """One step of a block: reads the canvases of all `rows` and writes into those that are active."""
+  c = plan.config
+  trace, memory, kept = state
+  logits_BWV, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
+  index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
+  masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
+  number = block * plan.steps + step  # of all blocks
+  keys_BW = None
+  if unmasking.draws(c):
+    keys_BW = unmasking.noise_keys(rows.keys, number, plan.of_block(rows.logical, block))
+  chance = jnp.where(step == plan.steps - 1, 1.0, plan.ratios[step])
+  choice, memory = unmasking.choose(
+    logits_BWV, masked_BW & active_B[:, None], count_B, chance, keys_BW, index_BW, c, plan.mask_id,
+    memory,
+  )  # fmt: skip
+  found = {"tokens": choice.tokens, "step": number, "confidence": choice.confidence,
+           "entropy": choice.entropy}  # fmt: skip
+  if c.alternatives:
+    found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)
+
+  def note(name, new_BW):
+    old_BS = getattr(trace, name)
+    chosen_BW = choice.chosen.reshape(*choice.chosen.shape, *(1,) * (old_BS.ndim - 2))
+    new_BW = jnp.where(chosen_BW, new_BW, plan.of_block(old_BS, block))
+    return plan.with_block(old_BS, new_BW, block)
+
+  written = {name: note(name, new_BW) for name, new_BW in found.items()}
+  trace = trace.replace(**written, nfe=trace.nfe + active_B.astype(jnp.int32))
+  return trace, memory, kept
 
 
 def _empty_trace(rows, config):

@@ -37,9 +37,12 @@ class Memory:
   """What `SamplerConfig.kl_bound` compares with. Costs as much as the logits."""
 
   probs: jax.Array  # float32 [B, S, V], of the last evaluation
-  stable: (
-    jax.Array
-  )  # int32 [B, S], evaluations in a row that hardly changed it; -1: there was none before
+  stable: jax.Array  # int32 [B, S], evaluations in a row that hardly changed it; -1: before any
+
+
+def forgetting(shape):
+  """The `Memory` before the first evaluation; shape: [B, S, V]."""
+  return Memory(jnp.zeros(shape), jnp.full(shape[:2], -1, jnp.int32))
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""Blocks with a cache: exact where they can be, the same in any batch, and cheaper by what they leave out."""
+"""Blocks with a cache: exact where they can be, and the same in any batch."""
 
 import dataclasses
 import functools

@@ -34,7 +34,7 @@ def run():
 def sample(params, canvas, valid, keys, config, bias=0.0, slots=None, batch_sizes=(), seen=None):
   def logits_fn(canvas, valid, index=None):
     if seen is not None:
-      jax.debug.callback(lambda rows=len(canvas): seen.append(rows))
+      jax.debug.callback(functools.partial(seen.append, len(canvas)))
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     features = Transformer(CONFIG).apply(
       {"params": params}, canvas, valid.astype(jnp.int32), positions
