@@ -25,7 +25,7 @@ def checkout(tmp_path_factory):
   folder = tmp_path_factory.mktemp("checkout")
   listed = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "launch", "configs",
-     "diffucoder_jax", "setup.py", "README.md"],
+     "diffucoder_jax", "setup.py", "README.md", ".gitignore"],
     cwd=tiny.ROOT, capture_output=True, text=True)  # fmt: skip
   if listed.returncode:
     pytest.skip(f"git does not know this folder: {listed.stderr.strip()}")
