@@ -16,10 +16,11 @@ import sys
 
 from etils import epath
 
-from diffucoder_jax.benchmarking import sampling, table, timing
+from diffucoder_jax.benchmarking import sampling, table, timing, training
 
 BENCHES = {
   "sample": sampling,
+  "train": training,
 }
 
 

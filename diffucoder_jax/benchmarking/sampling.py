@@ -59,7 +59,7 @@ def run(args):
   notes = [
     f"Median (smallest..largest) of {args.repeats} repeats, taken in turns; compilation apart. `x ours`: "
     "seconds over ours, turn by turn.",
-    "`equal`: new tokens that are ours, at the same place. GFLOP/s: what the network's projections, "
+    "`equal`: new tokens that are ours, at the same place. `gflop per second`: what the network's projections, "
     "attention and the logits of all new tokens need in every evaluation, per second.",
     f"{FLOOR}: these FLOPs at the rate of one float32 product of {args.matmul_size} x "
     f"{args.matmul_size} matrices in JAX.",
@@ -117,18 +117,18 @@ def compare(ckpt, models, ids_BL, config, repeats, matmul_size):
     equal = tokens_BL[name][:, prompt_tokens:] == tokens_BL[OURS][:, prompt_tokens:]
     rows.append({
       "batch": batch, "who": name, "seconds": seconds[name],
-      "tokens/s": timing.rates(batch * new, seconds[name]),
-      "x ours": None if name == OURS else timing.ratios(seconds[name], seconds[OURS]),
-      "evaluations": evaluations[name], "compile s": compile_seconds if name == OURS else None,
+      "tokens_per_second": timing.rates(batch * new, seconds[name]),
+      "x_ours": None if name == OURS else timing.ratios(seconds[name], seconds[OURS]),
+      "evaluations": evaluations[name], "compile_seconds": compile_seconds if name == OURS else None,
       "tokens": batch * new, "equal": None if name == OURS else int(equal.sum()),
-      "GFLOP/s": timing.rates(needed / 1e9, seconds[name]),
+      "gflop_per_second": timing.rates(needed / 1e9, seconds[name]),
     })  # fmt: skip
   floor = [needed / flops * s for s in seconds[FLOOR]]
   rows.append({
     "batch": batch, "who": FLOOR, "seconds": floor,
-    "tokens/s": timing.rates(batch * new, floor),
-    "x ours": timing.ratios(floor, seconds[OURS]),
-    "GFLOP/s": timing.rates(flops / 1e9, seconds[FLOOR]),
+    "tokens_per_second": timing.rates(batch * new, floor),
+    "x_ours": timing.ratios(floor, seconds[OURS]),
+    "gflop_per_second": timing.rates(flops / 1e9, seconds[FLOOR]),
   })  # fmt: skip
   return rows
 

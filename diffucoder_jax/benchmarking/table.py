@@ -10,7 +10,8 @@ class Table(NamedTuple):
 
   Attributes:
     title: a line that says what was run.
-    rows: dicts of column -> value, a list being one number for each repeat; absent: does not apply.
+    rows: dicts of column_name -> value, a list being one number for each repeat; absent or None: does not
+      apply.
     notes: lines that say how to read it, and what was left out.
     versions: {library: version} of what was compared with.
   """
@@ -36,13 +37,15 @@ def cell(value):
     return median if len(value) == 1 else f"{median} ({least}..{most})"
   if isinstance(value, bool):
     return "yes" if value else "NO"
-  return number(value) if isinstance(value, int | float) else str(value)
+  if isinstance(value, float):
+    return f"{value:.5g}"  # losses, to compare
+  return number(value) if isinstance(value, int) else str(value)
 
 
 def lines(table, around):
   """The table as lines of text. `around`: `timing.surroundings()`."""
   columns = list(dict.fromkeys(key for row in table.rows for key in row))
-  texts = [columns] + [
+  texts = [[key.replace("_", " ") for key in columns]] + [
     [cell(row[key]) if row.get(key) is not None else "" for key in columns] for row in table.rows
   ]
   widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

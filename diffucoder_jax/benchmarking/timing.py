@@ -8,6 +8,10 @@ import time
 import jax
 import jax.numpy as jnp
 
+# OpenMP's threads go on spinning for so long when their work is done (libiomp; libgomp less), and
+# whatever runs next would get half a machine.
+PAUSE = 0.2  # seconds
+
 
 def interleave(tasks, repeats):
   """Times tasks in turn: a, b, c, a, b, c, ... after each has run once untimed.
@@ -23,6 +27,7 @@ def interleave(tasks, repeats):
   seconds = {name: [] for name in tasks}
   for _ in range(repeats):
     for name, task in tasks.items():
+      time.sleep(PAUSE)
       start = time.perf_counter()
       task()
       seconds[name].append(time.perf_counter() - start)
@@ -38,7 +43,7 @@ def compiled(fn, *args):
   """(program, seconds of tracing and compiling) of a jitted function for these arguments."""
   start = time.perf_counter()
   program = fn.lower(*args).compile()
-  return program, time.perf_counter() - start
+  return program, round(time.perf_counter() - start, 2)
 
 
 def add_arguments(parser):
