@@ -16,11 +16,22 @@ import sys
 
 from etils import epath
 
-from diffucoder_jax.benchmarking import sampling, table, timing, training
+from diffucoder_jax.benchmarking import (
+  conversion,
+  sampling,
+  sandbox,
+  scoring,
+  table,
+  timing,
+  training,
+)  # fmt: skip
 
 BENCHES = {
   "sample": sampling,
   "train": training,
+  "logps": scoring,
+  "sandbox": sandbox,
+  "convert": conversion,
 }
 
 

@@ -8,8 +8,7 @@ import tempfile
 import jax
 import numpy as np
 
-from diffucoder_jax.benchmarking import networks, timing, twins
-from diffucoder_jax.benchmarking.table import Table
+from diffucoder_jax.benchmarking import networks, table, timing, twins
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import cost
@@ -34,7 +33,7 @@ def add_arguments(parser):
 
 
 def run(args):
-  """Times sampling at temperature 0; returns a `Table`."""
+  """Times sampling at temperature 0; returns a `table.Table`."""
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary) / "weights"
     folder.mkdir()
@@ -57,15 +56,14 @@ def run(args):
     f"{config.steps} steps, {config.alg}, temperature 0"
   )
   notes = [
-    f"Median (smallest..largest) of {args.repeats} repeats, taken in turns; compilation apart. `x ours`: "
-    "seconds over ours, turn by turn.",
-    "`equal`: new tokens that are ours, at the same place. `gflop per second`: what the network's projections, "
-    "attention and the logits of all new tokens need in every evaluation, per second.",
+    table.compared(args.repeats),
+    "`equal`: new tokens that are ours, at the same place. `gflop per second`: what the network's "
+    "projections, attention and the logits of all new tokens need in every evaluation.",
     f"{FLOOR}: these FLOPs at the rate of one float32 product of {args.matmul_size} x "
     f"{args.matmul_size} matrices in JAX.",
     *notes,
   ]
-  return Table(title, rows, notes, versions)
+  return table.Table(title, rows, notes, versions)
 
 
 def open_rivals(folder, ckpt, dream=None):
@@ -80,10 +78,13 @@ def open_rivals(folder, ckpt, dream=None):
   if dream:
     try:
       target = pathlib.Path(folder).parent / "dream"
-      models[DREAM] = twins.open_dream(folder, dream, ckpt.config, target)
+      model = twins.open_dream(folder, dream, ckpt.config, target)
+      # Some versions load it and cannot run it.
+      torch_sampler(model, np.zeros((1, 2), int), SamplerConfig(steps=1, max_new_tokens=1))()
+      models[DREAM] = model
     # Code of others, in a version of transformers that it may not be written for.
     except Exception as error:
-      notes.append(f"left out: {DREAM} at {dream} does not load: {type(error).__name__}: {error}")
+      notes.append(f"left out: {DREAM} at {dream} does not run: {type(error).__name__}: {error}")
   return models, notes, twins.versions()
 
 
@@ -95,7 +96,7 @@ def compare(ckpt, models, ids_BL, config, repeats, matmul_size):
     ids_BL: int, prompts of one length without masks. config: `SamplerConfig`, at temperature 0.
     repeats: int. matmul_size: of the floor.
   Returns:
-    rows of a `Table`, ours first, the floor last.
+    rows of a `table.Table`, ours first, the floor last.
   """
   batch, prompt_tokens = ids_BL.shape
   new, length = config.max_new_tokens, prompt_tokens + config.max_new_tokens

@@ -22,6 +22,17 @@ class Table(NamedTuple):
   versions: dict[str, str] = {}
 
 
+def repeated(repeats):
+  """A note on the numbers of all benchmarks."""
+  return f"Median (smallest..largest) of {repeats} repeats, taken in turns."
+
+
+def compared(repeats):
+  """A note on those that compare."""
+  more = "Compilation is not in the seconds. `x ours`: seconds over ours, turn by turn."
+  return f"{repeated(repeats)} {more}"
+
+
 def number(value):
   """A number in three or four digits."""
   size = abs(value)

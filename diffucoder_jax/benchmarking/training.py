@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax import train
-from diffucoder_jax.benchmarking import networks, timing, twins
-from diffucoder_jax.benchmarking.table import Table
+from diffucoder_jax.benchmarking import networks, table, timing, twins
 from diffucoder_jax.model import attention, cost
 from diffucoder_jax.model.transformer import Transformer
 from diffucoder_jax.runtime import optim, sharding
@@ -35,7 +34,7 @@ def add_arguments(parser):
 
 
 def run(args):
-  """Times one batch of diffusion pre-training, the same in every step; returns a `Table`."""
+  """Times one batch of diffusion pre-training, the same in every step; returns a `table.Table`."""
   shape = args.batch_size, args.seq_len
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
@@ -44,8 +43,7 @@ def run(args):
     twin = None if why else twins.open_twin(folder)
     rows = compare(folder, twin, shape, args.repeats, args.matmul_size, args.seed)
   notes = [
-    f"Median (smallest..largest) of {args.repeats} repeats, taken in turns; compilation apart. `x ours`: "
-    "seconds over ours, turn by turn.",
+    table.compared(args.repeats),
     "Masked diffusion with weight 1/t, gradient clipping, AdamW; logits at masked positions only, on "
     "both sides. Our step draws its noise, PyTorch's is given the same.",
     f"`loss`: of the first batch; of the whole step, that of step {args.repeats + 1}, after "
@@ -55,7 +53,7 @@ def run(args):
     *([why] if why else []),
   ]
   title = f"train: {words}, float32; batches of {shape[0]} x {shape[1]} tokens"
-  return Table(title, rows, notes, {} if why else twins.versions())
+  return table.Table(title, rows, notes, {} if why else twins.versions())
 
 
 def compare(folder, twin, shape, repeats, matmul_size, seed=0):
@@ -65,7 +63,7 @@ def compare(folder, twin, shape, repeats, matmul_size, seed=0):
     folder: Hugging Face folder of the weights. twin: the same as a PyTorch model, or None; trained.
     shape: (B, L). repeats: int. matmul_size: of the floor. seed: of tokens and masks.
   Returns:
-    rows of a `Table`.
+    rows of a `table.Table`.
   """
   ckpt = networks.open_ours(folder)
   tokens_BL = np.random.default_rng(seed).integers(0, ckpt.config.vocab_size - 1, shape)

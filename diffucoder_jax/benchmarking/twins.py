@@ -3,10 +3,12 @@
 PyTorch is optional here, and imported in these functions only.
 """
 
+import functools
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 
 import jax
 
@@ -37,6 +39,12 @@ def versions():
   return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
+@functools.cache
+def _modules():
+  """Where `transformers` puts copies of models' code: not among the user's, and gone at exit."""
+  return tempfile.TemporaryDirectory()
+
+
 def open_twin(folder):
   """The model of a Hugging Face folder, through AutoModel and the code beside the weights.
 
@@ -51,9 +59,8 @@ def open_twin(folder):
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   torch.set_num_threads(timing.cores())
-  # The code is copied to a cache by the folder's name; not among the user's.
   before = dynamic_module_utils.HF_MODULES_CACHE
-  dynamic_module_utils.HF_MODULES_CACHE = str(pathlib.Path(folder) / "modules")
+  dynamic_module_utils.HF_MODULES_CACHE = _modules().name
   try:
     return transformers.AutoModel.from_pretrained(
       folder, torch_dtype=torch.float32, trust_remote_code=True
@@ -75,7 +82,7 @@ def open_dream(folder, code, config, target):
   if missing:
     raise FileNotFoundError(f"{code} lacks {', '.join(missing)}")
   export.check_remote_code("dream", config)
-  shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py", "modules"))
+  shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py"))
   keys, files = export.model_code(config, "dream", code)
   for name, contents in files.items():
     (target / name).write_bytes(contents)
