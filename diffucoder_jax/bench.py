@@ -7,7 +7,8 @@
   python -m diffucoder_jax.bench convert     Hugging Face folder to Orbax checkpoint and back
 
 Prints one table, all of it measured in this run; `bench sample --help` names the settings. Nothing is
-written unless --output says where. PyTorch is optional: pip install -e '.[torch]'.
+written unless --output says where: DIR/sample.json and DIR/sample.txt. PyTorch is optional:
+pip install -e '.[torch]'.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from diffucoder_jax.benchmarking import (
   table,
   timing,
   training,
-)  # fmt: skip
+)
+from diffucoder_jax.execution.sandbox import SandboxUnavailable
 
 BENCHES = {
   "sample": sampling,
@@ -77,5 +79,6 @@ def main(argv=None):
 if __name__ == "__main__":
   try:
     main()
-  except (OSError, ValueError) as error:  # a folder that is absent, weights that do not fit
+  # A folder that is absent, weights that do not fit, a machine without isolation.
+  except (OSError, ValueError, SandboxUnavailable) as error:
     sys.exit(f"bench: {error}")

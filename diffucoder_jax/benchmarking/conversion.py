@@ -24,9 +24,12 @@ def add_arguments(parser):
   """Flags of `bench convert`."""
   flag = parser.add_argument
   flag("--megabytes", type=int, default=500, help="about so many, in layers of 1,024")
-  flag("--dtype", choices=convert.DTYPES, default="bfloat16")
-  flag("--folder", help="where to work, with room for three copies; default: the temporary folder")
-  flag("--seed", type=int, default=0)
+  flag("--dtype", choices=convert.DTYPES, default="bfloat16", help="as stored")
+  flag(
+    "--folder",
+    help="where to work, with room for four copies; None: the folder for temporary files",
+  )
+  flag("--seed", type=int, default=0, help="of the weights")
 
 
 def network(megabytes, dtype):

@@ -6,6 +6,7 @@ import numpy as np
 from absl import logging
 
 from diffucoder_jax import convert, pretrained
+from diffucoder_jax.benchmarking import twins
 from diffucoder_jax.hf import export, mapping, shards, weights
 from diffucoder_jax.model.config import PRESETS, ModelConfig, preset
 
@@ -80,27 +81,32 @@ def write_random(folder, config, dtype="float32", seed=0, remote_code="own", cod
 
 
 def write(folder, args):
-  """Puts the weights that `args` asks for into an empty folder, for both sides to load.
+  """The weights that `args` asks for, as a folder for both sides to load.
 
   Args: folder: an empty `pathlib.Path`. args: with `add_arguments`.
-  Returns: what they are, in words.
+  Returns: (path: `folder`, or that of `--ckpt` itself where PyTorch is absent; what it holds, in words).
   Raises: FileNotFoundError, ValueError: of `--ckpt`.
   """
   if not args.ckpt:
     config = config_of(args.preset)
     write_random(folder, config, seed=args.seed)
-    return f"{size_of(config)} random parameters"
+    return folder, f"{size_of(config)} random parameters"
   config = pretrained.describe(args.ckpt).config
   if config.attention != "full":
     raise ValueError(f"{args.ckpt} is autoregressive; these benchmarks are of diffusion networks")
+  words = f"{args.ckpt}, {size_of(config)} parameters"
+  if twins.absent():
+    return args.ckpt, words
   convert.convert(args.ckpt, folder, to="hf", dtype="float32")
-  return f"{args.ckpt}, {size_of(config)} parameters"
+  return folder, words
 
 
 def open_ours(folder):
   """`Pretrained` of a folder, float32 all through."""
   logging.set_verbosity(logging.ERROR)  # that there is no tokenizer, which nothing here asks for
   ckpt = pretrained.from_pretrained(folder, param_dtype="float32")
+  if ckpt.mask_id < 0:
+    raise ValueError(f"{folder} names no mask token (mask_token_id in config.json)")
   config = dataclasses.replace(ckpt.config, dtype="float32", remat="none")
   return dataclasses.replace(ckpt, config=config)
 

@@ -18,16 +18,19 @@ OURS, TWIN, DREAM, FLOOR = "ours, jitted", "PyTorch twin", "Dream's own code", "
 
 
 def add_arguments(parser):
-  """Flags of `bench sample`."""
+  """Flags of `bench sample`; the defaults take some ten minutes on two cores."""
   networks.add_arguments(parser)
   timing.add_arguments(parser)
   flag = parser.add_argument
-  flag("--batch_sizes", type=int, nargs="+", default=(1, 4), metavar="B")
+  flag(
+    "--batch_sizes", type=int, nargs="+", default=(1, 4), metavar="B", help="one after the other"
+  )
   flag("--prompt_tokens", type=int, default=64, help="of each prompt, random ids")
-  flag("--new_tokens", type=int, default=128)
-  flag("--steps", type=int, default=0, help="of denoising; default: one for each new token")
-  flag("--alg", choices=("entropy", "maskgit_plus", "topk_margin"), default="entropy")
-  flag("--top_p", type=float, default=1.0, help="default: off")
+  flag("--new_tokens", type=int, default=128, help="for each prompt")
+  flag("--steps", type=int, default=0, help="of denoising; 0: one for each new token")
+  flag("--alg", choices=("entropy", "maskgit_plus", "topk_margin"), default="entropy",
+       help="which positions are written first")  # fmt: skip
+  flag("--top_p", type=float, default=1.0, help="1: off")
   flag("--dream", metavar="FOLDER", help="one with the model files of a Dream checkpoint at Hugging "
        "Face; they are run on the weights that all others run on")  # fmt: skip
 
@@ -37,7 +40,7 @@ def run(args):
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary) / "weights"
     folder.mkdir()
-    words = networks.write(folder, args)
+    folder, words = networks.write(folder, args)
     ckpt = networks.open_ours(folder)
     models, notes, versions = open_rivals(folder, ckpt, args.dream)
     config = SamplerConfig(
@@ -69,7 +72,9 @@ def run(args):
 def open_rivals(folder, ckpt, dream=None):
   """What to compare with: ({name: PyTorch model}, notes on what was left out, versions).
 
-  Args: folder: of the weights. ckpt: the same, opened. dream: folder with Dream's code, or None.
+  Args:
+    folder: of the weights, a `pathlib.Path`. ckpt: the same, opened.
+    dream: folder with Dream's code, or None.
   """
   why = twins.absent()
   if why:
@@ -77,14 +82,17 @@ def open_rivals(folder, ckpt, dream=None):
   models, notes = {TWIN: twins.open_twin(folder)}, []
   if dream:
     try:
-      target = pathlib.Path(folder).parent / "dream"
+      target = folder.parent / "dream"
       model = twins.open_dream(folder, dream, ckpt.config, target)
       # Some versions load it and cannot run it.
       torch_sampler(model, np.zeros((1, 2), int), SamplerConfig(steps=1, max_new_tokens=1))()
       models[DREAM] = model
     # Code of others, in a version of transformers that it may not be written for.
     except Exception as error:
-      notes.append(f"left out: {DREAM} at {dream} does not run: {type(error).__name__}: {error}")
+      notes.append(
+        f"left out: {DREAM} at {dream} does not run (it is written for transformers 4.46 to 4.57): "
+        f"{type(error).__name__}: {error}"
+      )
   return models, notes, twins.versions()
 
 

@@ -32,8 +32,13 @@ JOB = Job(
 def add_arguments(parser):
   """Flags of `bench sandbox`."""
   parser.add_argument("--jobs", type=int, default=500, help="of each measurement")
-  parser.add_argument("--workers", type=int, default=timing.cores(), help="one per core")
-  parser.add_argument("--level", default="auto", choices=("auto", "full", "no-userns"))
+  parser.add_argument("--workers", type=int, default=timing.cores(), help="processes that judge")
+  parser.add_argument(
+    "--level",
+    default="auto",
+    choices=("auto", "full", "no-userns"),
+    help="of isolation; auto: the best there is",
+  )
 
 
 def run(args):

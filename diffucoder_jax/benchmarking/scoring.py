@@ -25,7 +25,7 @@ def add_arguments(parser):
   timing.add_arguments(parser)
   flag = parser.add_argument
   flag("--batch_size", type=int, default=4, help="completions")
-  flag("--prompt_tokens", type=int, default=64)
+  flag("--prompt_tokens", type=int, default=64, help="before each completion")
   flag("--new_tokens", type=int, default=128, help="of each completion, all of them scored")
   flag(
     "--pairs", type=int, default=1, help="of complementary masks; passes are twice as many and one"
@@ -36,8 +36,7 @@ def run(args):
   """Times the scores of one batch of random completions; returns a `table.Table`."""
   shape = args.batch_size, args.prompt_tokens + args.new_tokens
   with tempfile.TemporaryDirectory() as temporary:
-    folder = pathlib.Path(temporary)
-    words = networks.write(folder, args)
+    folder, words = networks.write(pathlib.Path(temporary), args)
     ckpt, why = networks.open_ours(folder), twins.absent()
     twin = None if why else twins.open_twin(folder)
     rng = np.random.default_rng(args.seed)

@@ -29,16 +29,15 @@ def add_arguments(parser):
   """Flags of `bench train`."""
   networks.add_arguments(parser)
   timing.add_arguments(parser)
-  parser.add_argument("--batch_size", type=int, default=8)
-  parser.add_argument("--seq_len", type=int, default=256)
+  parser.add_argument("--batch_size", type=int, default=8, help="rows")
+  parser.add_argument("--seq_len", type=int, default=256, help="tokens of a row")
 
 
 def run(args):
   """Times one batch of diffusion pre-training, the same in every step; returns a `table.Table`."""
   shape = args.batch_size, args.seq_len
   with tempfile.TemporaryDirectory() as temporary:
-    folder = pathlib.Path(temporary)
-    words = networks.write(folder, args)
+    folder, words = networks.write(pathlib.Path(temporary), args)
     why = twins.absent()
     twin = None if why else twins.open_twin(folder)
     rows = compare(folder, twin, shape, args.repeats, args.matmul_size, args.seed)
@@ -105,24 +104,30 @@ def _record(task, losses):
   losses.append(task())
 
 
+def whole_rows(tokens_BL):
+  """A batch for `train.train_step`: rows of one document each, all of it maskable."""
+  shape = tokens_BL.shape
+  return {
+    "tokens": tokens_BL.astype(np.int32), "segment_ids": np.ones(shape, np.int32),
+    "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+    "maskable": np.ones(shape, bool),
+  }  # fmt: skip
+
+
 def our_tasks(folder, ckpt, tokens_BL, steps, seed):
   """Our side: ({part: task that returns the loss}, `process.Noised` of each step, compile seconds).
 
   Args: folder, ckpt: the weights. tokens_BL: int. steps: how often the step will be called. seed: int.
   """
   mesh, model, objective = ckpt.mesh, Transformer(ckpt.config), train.Objective()
-  key, shape = jax.random.key(seed), tokens_BL.shape
+  key = jax.random.key(seed)
   tx, _ = optim.make_optimizer(OPTIM)
   with jax.set_mesh(mesh):
     abstract, make = train.initial_state(
       SimpleNamespace(init_from=str(folder)), mesh, model, tx, jax.random.key(0)
     )
     state = make()
-    batch = sharding.put_batch({
-      "tokens": tokens_BL.astype(np.int32), "segment_ids": np.ones(shape, np.int32),
-      "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-      "maskable": np.ones(shape, bool),
-    }, mesh)  # fmt: skip
+    batch = sharding.put_batch(whole_rows(tokens_BL), mesh)
 
     # What `train.train_step` makes of the batch before it computes.
     @jax.jit
