@@ -137,7 +137,7 @@ def compare(ckpt, models, ids_BL, config, repeats, matmul_size):
     "batch": batch, "who": FLOOR, "seconds": floor,
     "tokens_per_second": timing.rates(batch * new, floor),
     "x_ours": timing.ratios(floor, seconds[OURS]),
-    "gflop_per_second": timing.rates(flops / 1e9, seconds[FLOOR]),
+    "gflop_per_second": timing.rates(needed / 1e9, floor),
   })  # fmt: skip
   return rows
 

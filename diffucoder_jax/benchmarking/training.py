@@ -89,13 +89,12 @@ def compare(folder, twin, shape, repeats, matmul_size, seed=0):
     floor = [needed / flops * s for s in seconds[FLOOR]]
     for who in (OURS, *([TWIN] if theirs else []), FLOOR):
       took = floor if who == FLOOR else seconds[part, who]
-      rate = flops / 1e9 if who == FLOOR else needed / 1e9
       rows.append({
         "what": part, "who": who, "seconds": took, "tokens_per_second": timing.rates(tokens, took),
         "x_ours": None if who == OURS else timing.ratios(took, base),
         "compile_seconds": compile_seconds[part] if who == OURS else None,
         "loss": None if who == FLOOR else losses[part, who][-1 if part == STEP else 0],
-        "gflop_per_second": timing.rates(rate, seconds[FLOOR] if who == FLOOR else took),
+        "gflop_per_second": timing.rates(needed / 1e9, took),
       })  # fmt: skip
   return rows
 
