@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from diffucoder_jax.benchmarking import networks, table, timing, twins
-from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.diffusion import canvas, sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import cost
 from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
@@ -153,7 +153,7 @@ def _generate(model_config, config, mask_id, slots, params, canvas_BL, valid_BL,
 def our_sampler(ckpt, ids_BL, config):
   """Our side of it: (task that returns a `Trace`, seconds of compilation)."""
   length = ids_BL.shape[1] + config.max_new_tokens
-  canvas_BL, valid_BL = sampler.lay_out(
+  canvas_BL, valid_BL = canvas.lay_out(
     ids_BL.tolist(), length, config.max_new_tokens, ckpt.mask_id
   )
   with jax.set_mesh(ckpt.mesh):
