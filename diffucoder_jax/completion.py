@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import autoregressive, process
+from diffucoder_jax.diffusion import autoregressive, cache, canvas, process
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
-from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn, next_logits_fn
+from diffucoder_jax.model import windows
+from diffucoder_jax.model.transformer import Transformer, next_logits_fn
 from diffucoder_jax.runtime import sharding
 
 # Canvases are padded to a multiple of this, so that prompts of similar length share one program.
@@ -135,6 +136,7 @@ def _check_prompt(i, row, ckpt, config):
     )
   if not config.max_new_tokens and ckpt.mask_id not in row:
     raise ValueError(f"prompt {i} has no masks and max_new_tokens is 0: there is nothing to write")
+  cache.check(config, row.count(ckpt.mask_id) + config.max_new_tokens)
 
 
 def _sample(ckpt, rows, keys, config):
@@ -145,11 +147,11 @@ def _sample(ckpt, rows, keys, config):
   fill = -len(rows) % shards  # rows that the mesh needs and nobody sees
   rows = rows + rows[-1:] * fill
   keys = jnp.concatenate([keys, *[keys[-1:]] * fill])
-  canvas_BL, valid_BL = sampler_lib.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
+  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
   slots = int(np.max(np.sum((canvas_BL == ckpt.mask_id) & valid_BL, axis=1)))
   causal = ckpt.config.attention == "causal"
   run = _run_cached if causal and autoregressive.can_write(config, slots) else _run
-  slots += -slots % SLOTS_STEP
+  slots += 0 if config.block_size else -slots % SLOTS_STEP  # blocks share the steps of all places
   run = functools.partial(run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)
   if ckpt.mesh is None:
     trace = run(ckpt.params, canvas_BL, valid_BL, keys)
@@ -162,7 +164,10 @@ def _sample(ckpt, rows, keys, config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B):
-  logits_fn = canvas_logits_fn(Transformer(model_config), params)
+  window = cache.WINDOWS.get(sampler_config.cache)
+  logits_fn = windows.logits_fn(
+    Transformer(model_config), params, sampler_config.block_size, window
+  )
   return sampler_lib.generate(
     logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
     mask_id=mask_id, eos_id=eos_id, slots=slots,

@@ -68,6 +68,19 @@ def test_what_was_learnt_comes_out(ckpt):
   assert done.trace.valid.all()
 
 
+def test_blocks_caches_and_parallel_decoding(ckpt):
+  blocks = dataclasses.replace(GREEDY, block_size=4)
+  exact = generate(ckpt, PROMPTS, blocks)
+  always = generate(ckpt, PROMPTS, dataclasses.replace(blocks, cache="dual", refresh=1), batch_size=2)
+  assert tokens_and_steps(always) == tokens_and_steps(exact)
+  fast = dataclasses.replace(blocks, cache="prefix", threshold=0.05)
+  sure = generate(ckpt, PROMPTS, fast)
+  assert tokens_and_steps(sure) == tokens_and_steps(generate(ckpt, PROMPTS, fast, batch_size=1))
+  assert sum(int(c.trace.nfe[0]) for c in sure) < sum(int(c.trace.nfe[0]) for c in exact)
+  with pytest.raises(ValueError, match="holes cannot be cached"):
+    generate(ckpt, [infill_prompt(ckpt, TEMPLATE)], fast)
+
+
 def test_prompts_may_be_ids(ckpt):
   ids = [ckpt.tokenizer.bos_id, *ckpt.tokenizer.encode(PROMPTS[2])]
   text, array = generate(ckpt, [PROMPTS[2], ids], GREEDY)

@@ -9,7 +9,7 @@ holds for all later steps.
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.diffusion import remasking, sampler
+from diffucoder_jax.diffusion import remasking, sampler, unmasking
 
 ALG = "left_to_right"
 
@@ -34,7 +34,7 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
     logits_fn: (tokens_BS int32, start, cache) -> (logits_BV float32, cache), those of place
       `start` + S of each row, given the tokens of the S places before it and what it returned for
       the places before these; the first call has start 0 and the cache None.
-    canvas: int32 [B, L], as of `sampler.lay_out`: rows that end at the same place, and then
+    canvas: int32 [B, L], as of `canvas.lay_out`: rows that end at the same place, and then
       `config.max_new_tokens` places to write, whose content is not read.
     valid: bool [B, L], False on padding, which is left of the rows.
     keys: typed PRNG keys [B], one per row, as for `sampler.generate`. Read only when drawing.
@@ -64,8 +64,10 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
       index_B1 = jnp.broadcast_to(first + step, (len(canvas), 1))
       uniform_B1 = None
       if c.temperature > 0:
-        keys_B1 = sampler.noise_keys(keys, step, jnp.take_along_axis(logical_BL, index_B1, axis=1))
-        uniform_B1 = sampler.draw(jax.random.uniform, keys_B1, sampler.TOKEN)
+        keys_B1 = unmasking.noise_keys(
+          keys, step, jnp.take_along_axis(logical_BL, index_B1, axis=1)
+        )
+        uniform_B1 = unmasking.draw(jax.random.uniform, keys_B1, unmasking.TOKEN)
       filtered_B1V = remasking.filter_logits(logits_B1V, c.temperature, c.top_p, c.top_k)
       drawn_B1, tokens_B1, probs_B1V = remasking.draw_tokens(
         logits_B1V, filtered_B1V, mask_id, uniform_B1

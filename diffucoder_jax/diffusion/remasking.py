@@ -162,7 +162,7 @@ def commit_count(alg, masked_B, step, steps, ratios_T):
     alg: strategy name.
     masked_B: int32, masks left in each row.
     step: this step's index (traced); steps: their number.
-    ratios_T: `commit_ratios(steps, eps)`.
+    ratios_T: `commit_ratios(steps, eps, schedule)`.
 
   Dream truncates masked * (1 - s / t) and commits the rest at the last step, which makes the first
   step of N commit nothing and the last one two. It uses the batch's mean number of masks for every
@@ -175,10 +175,30 @@ def commit_count(alg, masked_B, step, steps, ratios_T):
   return jnp.where(step == steps - 1, masked_B, truncated_B)
 
 
-def commit_ratios(steps, eps):
-  """Share of the remaining masks to commit at each step, float32 [steps]: 1 - s / t."""
-  t = jnp.linspace(1.0, eps, steps + 1, dtype=jnp.float32)
-  return 1.0 - t[1:] / t[:-1]
+def commit_ratios(steps, eps, schedule="dream"):
+  """Share of the remaining masks to commit at each step, float32 [steps].
+
+  Args:
+    steps: int. eps: the last noise level of "dream".
+    schedule: "dream": 1 - s / t with t falling evenly from 1 to `eps`. "uniform": as many at each
+      step. "cosine": few at first, when little is known (MaskGIT, Chang et al. 2022): cos(pi i / 2
+      steps) of the masks are left after step i.
+  """
+  return SCHEDULES[schedule](steps, eps)
+
+
+def _shares(left_T1):
+  """From the masks that are left before the first step and after each, to the shares committed."""
+  return 1.0 - left_T1[1:] / left_T1[:-1]
+
+
+SCHEDULES = {
+  "dream": lambda steps, eps: _shares(jnp.linspace(1.0, eps, steps + 1, dtype=jnp.float32)),
+  "uniform": lambda steps, eps: 1.0 / jnp.arange(steps, 0, -1, dtype=jnp.float32),
+  "cosine": lambda steps, eps: _shares(
+    jnp.cos(jnp.linspace(0.0, jnp.pi / 2, steps + 1, dtype=jnp.float32))
+  ),
+}
 
 
 def choose_positions(confidence_BL, masked_BL, count_B, gumbel_BL=None):
@@ -192,3 +212,33 @@ def choose_positions(confidence_BL, masked_BL, count_B, gumbel_BL=None):
   order_BL = jnp.argsort(-scores_BL, axis=1, stable=True)
   rank_BL = jnp.argsort(order_BL, axis=1)
   return (rank_BL < count_B[:, None]) & masked_BL
+
+
+# Decoding in parallel: what is committed beside the schedule's own positions, bool [B, L].
+
+
+def surer_than(threshold, probs_BLV, drawn_BL):
+  """Positions whose token has a probability above the threshold (Fast-dLLM, Wu et al. 2025,
+  arXiv 2505.22618); none at 1."""
+  return _probability(probs_BLV, drawn_BL, None) > threshold
+
+
+def within_entropy_bound(bound, confidence_BL, masked_BL, entropy_BL):
+  """The surest positions that together leave out at most `bound` nats of dependence.
+
+  As many, in the order of confidence, as keep the sum of their entropies without the largest one
+  within the bound: that is the most that tokens drawn apart can lose against tokens drawn together
+  (EB-Sampler, Ben-Hamu et al. 2025, arXiv 2505.24857). The first one always stays within it.
+  """
+  order_BL = jnp.argsort(jnp.where(masked_BL, -confidence_BL, jnp.inf), axis=1, stable=True)
+  sorted_BL = jnp.take_along_axis(jnp.maximum(entropy_BL, 0.0), order_BL, axis=1)
+  lost_BL = jnp.cumsum(sorted_BL, axis=1) - jax.lax.cummax(sorted_BL, axis=1)
+  rank_BL = jnp.argsort(order_BL, axis=1)
+  return jnp.take_along_axis(lost_BL <= bound, rank_BL, axis=1) & masked_BL
+
+
+def divergence(probs_BLV, before_BLV):
+  """KL(now || at the evaluation before), nats, float32 [B, L]: how much a position still changes
+  (KLASS, Kim et al. 2025, arXiv 2511.05664)."""
+  ratio_BLV = jnp.log(probs_BLV + 1e-10) - jnp.log(before_BLV + 1e-10)
+  return jnp.sum(probs_BLV * ratio_BLV, axis=-1)

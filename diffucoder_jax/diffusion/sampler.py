@@ -3,10 +3,13 @@
 `generate` is one pure function to call under `jax.jit`; it compiles once per shape and config. It
 matches Dream's `diffusion_generate` token for token at temperature 0 (reference.md, section 3),
 except that each row follows its own number of masks, MASK is never drawn, and steps that commit
-nothing cost no network evaluation.
+nothing cost no network evaluation. Blocks, caches and what is committed beside the schedule are
+approximations, and off unless they are asked for.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import flax
 import jax
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from diffucoder_jax.diffusion import process, remasking
+from diffucoder_jax.diffusion import cache, process, remasking, unmasking
+from diffucoder_jax.diffusion import canvas as canvases
 
 TRACE_VERSION = 1
 
@@ -37,6 +41,18 @@ class SamplerConfig:
       stay masks.
     alternatives: how many of the likeliest tokens the trace keeps for each position, as they stood
       when its token was committed; for the viewer. Changes no token.
+    schedule: how many positions each step commits, a key of `remasking.SCHEDULES`.
+    block_size: 0 writes anywhere; > 0 writes blocks of so many positions, from left to right, each
+      with its share of the steps (semi-autoregressive: LLaDA, Nie et al. 2025).
+    threshold: < 1 also commits, at each step, all tokens with a probability above it.
+    entropy_bound: > 0 also commits as many positions, the surest first, as depend on each other by
+      at most so many nats (`remasking.within_entropy_bound`).
+    kl_bound: > 0: what `threshold` commits must also have changed by less than so many nats at each
+      of the last two evaluations (KLASS). Costs memory for another [B, S, V].
+    cache: "none", or with blocks a key of `cache.WINDOWS`: which places are computed anew at each
+      step; the others keep the keys and values of the last refresh.
+    refresh: of a cache: the whole canvas is read again at every so many evaluations of a block; 0:
+      once a block; 1: always, which writes what "none" does.
   """
 
   alg: str = "entropy"
@@ -49,6 +65,18 @@ class SamplerConfig:
   eps: float = 1e-3
   stop_at_eos: bool = False
   alternatives: int = 0
+  schedule: str = "dream"
+  block_size: int = 0
+  threshold: float = 1.0
+  entropy_bound: float = 0.0
+  kl_bound: float = 0.0
+  cache: str = "none"
+  refresh: int = 0
+
+  @property
+  def in_parallel(self):
+    """Whether each step commits as much as it may, so that rows end before their last step."""
+    return self.threshold < 1 or self.entropy_bound > 0
 
   def __post_init__(self):
     def check(name, good, remedy):
@@ -64,6 +92,20 @@ class SamplerConfig:
     check("alg_temp", self.alg_temp >= 0, "use 0 or more")
     check("eps", 0 < self.eps < 1, "use a number in (0, 1)")
     check("alternatives", self.alternatives >= 0, "use 0 (none) or more")
+    schedules = sorted(remasking.SCHEDULES)
+    check("schedule", self.schedule in schedules, f"choose one of {schedules}")
+    check("block_size", self.block_size >= 0, "use 0 (one block) or more")
+    check("threshold", 0 < self.threshold <= 1, "use a number in (0, 1]; 1 is off")
+    check("entropy_bound", self.entropy_bound >= 0, "use 0 (off) or more")
+    check("kl_bound", self.kl_bound >= 0, "use 0 (off) or more")
+    check("kl_bound", not self.kl_bound or self.threshold < 1, "it needs a threshold below 1")
+    kinds = ["none", *cache.WINDOWS]
+    check("cache", self.cache in kinds, f"choose one of {kinds}")
+    whole = self.block_size and self.max_new_tokens % self.block_size == 0
+    check(
+      "cache", self.cache == "none" or whole, "it needs a block_size that divides max_new_tokens"
+    )
+    check("refresh", self.refresh >= 0, "use 0 (once a block) or more")
 
 
 @flax.struct.dataclass
@@ -109,44 +151,15 @@ def load_trace(path):
   return Trace(**arrays)
 
 
-def noise_keys(row_keys_B, step, logical_BL):
-  """One key per position, from (row key, step, position among the row's real tokens).
-
-  Padding and neighbours are not in it, so they cannot change what a row draws.
-  """
-
-  def row(key, logical_L):
-    key = jax.random.fold_in(key, step)
-    return jax.vmap(lambda position: jax.random.fold_in(key, position))(logical_L)
-
-  return jax.vmap(row)(row_keys_B, logical_BL)
-
-
-TOKEN, POSITION = 0, 1  # what a number is drawn for
-
-
-def draw(distribution, keys_BL, purpose):
-  """One random number for each position, float32 [B, L]."""
-  one = lambda key: distribution(jax.random.fold_in(key, purpose))  # noqa: E731
-  return jax.vmap(jax.vmap(one))(keys_BL)
-
-
-def _finished(canvas_BL, generated_BL, mask_id, eos_id, stop_at_eos):
-  """Rows that need no further step."""
-  masked_BL = (canvas_BL == mask_id) & generated_BL
-  if stop_at_eos:
-    ended_BL = jnp.cumsum((canvas_BL == eos_id) & generated_BL, axis=1) > 0
-    masked_BL &= ~ended_BL
-  return ~jnp.any(masked_BL, axis=1)
-
-
-def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None):
+def generate(
+  logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None, batch_sizes=()
+):
   """Denoises a canvas.
 
   Args:
     logits_fn: (canvas_BL int32, valid_BL bool) -> logits_BLV float32, target-aligned: logits[:, i]
       scores token i. With `slots` it gets a third argument, index_BS int32, and gives the logits of
-      these positions alone, [B, S, V].
+      these positions alone, [B, S, V]. With `config.cache` it is a pair, as for `cache.look`.
     canvas: int32 [B, L]; `mask_id` marks what is to be written, wherever it stands.
     valid: bool [B, L], False on padding (either side).
     keys: typed PRNG keys [B], one per row: same row and key, same tokens, whatever the batch. Read
@@ -154,134 +167,199 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slot
     config: `SamplerConfig`.
     mask_id, eos_id: ids; `eos_id` is read by `stop_at_eos`.
     slots: S, no row may have more masks to be written; the others' logits are not wanted, which is
-      most of the work and of the memory where the vocabulary is large. None: L.
+      most of the work and of the memory where the vocabulary is large. None: L. Blocks share the
+      steps by it, so there it should be what the rows have.
+    batch_sizes: numbers of rows, less than B: when so few rows are left to be written, only those
+      go through the network. Changes no token but through rounding; each size is another copy of
+      the network to compile. Every one must be a multiple of the mesh's batch shards.
   Returns:
     `Trace`.
   """
-  c = config
-  if c.stop_at_eos and eos_id < 0:
+  if config.stop_at_eos and eos_id < 0:
     raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
-  steps = c.steps or c.max_new_tokens
+  cached = config.cache != "none"
+  if cached and batch_sizes:
+    raise ValueError("a cache is of all rows: leave out batch_sizes, or set sampler.cache to none")
+  length = canvas.shape[1]
+  some = config.block_size > 0 or (slots is not None and slots < length)
+  slots = config.max_new_tokens if cached else min(length, length if slots is None else slots)
+  plan = _make_plan(config, slots, mask_id, eos_id)
+  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, mask_id, plan.slots)
+
+  def look(rows, canvas_BL, block, step, kept):
+    """(logits_BWV of a block, what is kept for the next step)."""
+    if not cached:
+      where = [plan.of_block(rows.index, block)] if some else []
+      return logits_fn(canvas_BL, rows.valid, *where), None
+    start = length - slots + block * plan.width
+    return cache.look(logits_fn, canvas_BL, rows.valid, start, plan.refreshes[step], kept)
+
+  kept = None
+  if cached:
+    shapes = jax.eval_shape(lambda: logits_fn[0](rows.canvas, rows.valid, 1)[1])
+    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  evaluate = functools.partial(_evaluate, plan, look)
+  sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
+  denoise = functools.partial(_denoise, plan, evaluate, look, sizes, rows)
+  state = _empty_trace(rows, config), None, kept
+  if plan.blocks == 1:
+    trace = denoise(0, state)[0]
+  else:
+    trace = jax.lax.fori_loop(0, plan.blocks, denoise, state)[0]
+  unwritten = {"tokens": canvas, "step": -1, "confidence": 0.0, "entropy": 0.0,
+               "alternatives": -1, "alternative_probs": 0.0}  # fmt: skip
+  written = {
+    name: canvases.put(rows, getattr(trace, name), others)
+    for name, others in unwritten.items()
+    if getattr(trace, name) is not None
+  }
+  return trace.replace(**written, valid=valid)
+
+
+class _Plan(NamedTuple):
+  """How rows are gone through: `blocks` of `width` positions, `steps` each."""
+
+  config: SamplerConfig
+  mask_id: int
+  eos_id: int
+  width: int
+  blocks: int
+  steps: int
+  ratios: jax.Array  # float32 [steps], `remasking.commit_ratios`
+  refreshes: jax.Array | None  # bool [steps], `cache.refreshes`
+
+  @property
+  def slots(self):
+    return self.blocks * self.width
+
+  def of_block(self, x_BS, block):
+    """The block's part of [B, S, ...]."""
+    if self.blocks == 1:
+      return x_BS
+    return jax.lax.dynamic_slice_in_dim(x_BS, block * self.width, self.width, axis=1)
+
+  def with_block(self, x_BS, new_BW, block):
+    """[B, S, ...] with the block's part replaced."""
+    if self.blocks == 1:
+      return new_BW
+    return jax.lax.dynamic_update_slice_in_dim(x_BS, new_BW, block * self.width, axis=1)
+
+  def wanted(self, rows, trace, block):
+    """Rows that still have to write something in a block, bool [B]; with `stop_at_eos`, before an end."""
+    masked_BS = (trace.tokens == self.mask_id) & rows.generated
+    if self.config.stop_at_eos:
+      masked_BS &= jnp.cumsum((trace.tokens == self.eos_id) & rows.generated, axis=1) == 0
+    return jnp.any(self.of_block(masked_BS, block), axis=1)
+
+
+def _make_plan(config, slots, mask_id, eos_id):
+  steps = config.steps or config.max_new_tokens
   if steps < 1:
     raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
-  ratios_T = remasking.commit_ratios(steps, c.eps)
-  generated_BL = (canvas == mask_id) & valid
-  # The loop knows only the positions that may be written: S of each row, in their order (where a
-  # row has fewer, others that are never chosen).
-  some = slots is not None and slots < canvas.shape[1]
-  if some:
-    index_BS = jnp.argsort(~generated_BL, axis=1, stable=True)[:, :slots]
-    rank_BL = jnp.clip(jnp.cumsum(generated_BL, axis=1) - 1, 0, slots - 1)
-  else:
-    index_BS = rank_BL = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
-  taken = lambda x_BL: jnp.take_along_axis(x_BL, index_BS, axis=1)  # noqa: E731
-  generated_BS = taken(generated_BL)
-  logical_BS = taken(jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0))
-
-  def put(x_BS, others_BL):
-    """Also for arrays with more dimensions behind S, and a number for `others_BL`."""
-    more = (1,) * (x_BS.ndim - 2)
-    found_BL = jnp.take_along_axis(x_BS, rank_BL.reshape(*rank_BL.shape, *more), axis=1)
-    return jnp.where(generated_BL.reshape(*generated_BL.shape, *more), found_BL, others_BL)
-
-  def evaluate(step, trace, count_B, active_B):
-    masked_BS = (trace.tokens == mask_id) & generated_BS & active_B[:, None]
-    inputs = (put(trace.tokens, canvas), valid, *([index_BS] if some else []))
-    logits_BSV = logits_fn(*inputs).astype(jnp.float32)
-    draws = c.temperature > 0 or c.alg_temp > 0 or c.alg == "origin"
-    keys_BS = noise_keys(keys, step, logical_BS) if draws else None
-    with jax.named_scope("choose_tokens"):
-      filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
-      uniform_BS = draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
-      drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
-        logits_BSV, filtered_BSV, mask_id, uniform_BS
-      )
-      confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, index_BS)
-      entropy_BS = -remasking.negative_entropy(probs_BSV)
-    with jax.named_scope("choose_positions"):
-      if c.alg == "origin":  # each position on its own, so the number committed varies
-        u_BS = draw(jax.random.uniform, keys_BS, POSITION)
-        chance = jnp.where(step == steps - 1, 1.0, ratios_T[step])
-        chosen_BS = masked_BS & (u_BS < chance)
-      elif c.alg_temp > 0:
-        scores_BS = confidence_BS / c.alg_temp
-        gumbel_BS = draw(jax.random.gumbel, keys_BS, POSITION)
-        chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, gumbel_BS)
-      else:
-        chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)
-    if c.alternatives:
-      probs_BSK, ids_BSK = jax.lax.top_k(probs_BSV, c.alternatives)
-      chosen_BS1 = chosen_BS[..., None]
-      trace = trace.replace(
-        alternatives=jnp.where(chosen_BS1, ids_BSK, trace.alternatives),
-        alternative_probs=jnp.where(chosen_BS1, probs_BSK, trace.alternative_probs),
-      )
-    return trace.replace(
-      tokens=jnp.where(chosen_BS, tokens_BS, trace.tokens),
-      step=jnp.where(chosen_BS, step, trace.step),
-      confidence=jnp.where(chosen_BS, confidence_BS, trace.confidence),
-      entropy=jnp.where(chosen_BS, entropy_BS, trace.entropy),
-      nfe=trace.nfe + active_B.astype(jnp.int32),
-    )
-
-  def body(carry):
-    step, trace = carry
-    alive_B = ~_finished(trace.tokens, generated_BS, mask_id, eos_id, c.stop_at_eos)
-    left_B = jnp.sum((trace.tokens == mask_id) & generated_BS, axis=1)
-    count_B = remasking.commit_count(c.alg, left_B, step, steps, ratios_T)
-    active_B = alive_B & ((count_B > 0) | (c.alg == "origin"))
-    skip = lambda step, trace, *_: trace  # noqa: E731
-    trace = jax.lax.cond(jnp.any(active_B), evaluate, skip, step, trace, count_B, active_B)
-    return step + 1, trace
-
-  def unfinished(carry):
-    step, trace = carry
-    finished_B = _finished(trace.tokens, generated_BS, mask_id, eos_id, c.stop_at_eos)
-    return (step < steps) & ~jnp.all(finished_B)
-
-  zeros_BS = jnp.zeros(index_BS.shape, jnp.float32)
-  start = Trace(
-    tokens=taken(canvas),
-    step=jnp.full(index_BS.shape, -1, jnp.int32),
-    confidence=zeros_BS,
-    entropy=zeros_BS,
-    nfe=jnp.zeros(canvas.shape[0], jnp.int32),
-    valid=generated_BS,
-  )
-  if c.alternatives:
-    shape = (*index_BS.shape, c.alternatives)
-    start = start.replace(
-      alternatives=jnp.full(shape, -1, jnp.int32), alternative_probs=jnp.zeros(shape, jnp.float32)
-    )
-  trace = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start))[1]
-  if c.alternatives:
-    trace = trace.replace(
-      alternatives=put(trace.alternatives, -1), alternative_probs=put(trace.alternative_probs, 0.0)
-    )
-  return trace.replace(
-    tokens=put(trace.tokens, canvas),
-    step=put(trace.step, -1),
-    confidence=put(trace.confidence, 0.0),
-    entropy=put(trace.entropy, 0.0),
-    valid=valid,
-  )
+  width = config.block_size or slots
+  blocks = -(-slots // width)
+  steps = -(-steps // blocks)
+  ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
+  refreshes_T = None if config.cache == "none" else jnp.asarray(cache.refreshes(config, steps))
+  return _Plan(config, mask_id, eos_id, width, blocks, steps, ratios_T, refreshes_T)
 
 
-def lay_out(rows, length, new, mask_id):
-  """Canvases for `generate`: rows, left-padded to one length, with `new` masks behind each.
+def _denoise(plan, evaluate, look, sizes, rows, block, state):
+  """Writes a block, or the whole canvas.
 
   Args:
-    rows: lists of token ids. length: int, at least the longest row and `new`. mask_id: int.
-  Returns:
-    (canvas int32, valid bool), numpy [B, length].
+    evaluate, look: as in `generate`. sizes: numbers of rows that may go through the network together.
+    state: (`Trace` [B, S], `unmasking.Memory` or None, what a cache keeps or None).
   """
-  canvas_BL = np.zeros((len(rows), length), np.int32)
-  valid_BL = np.zeros((len(rows), length), bool)
-  for b, row in enumerate(rows):
-    canvas_BL[b, length - new :] = mask_id
-    canvas_BL[b, length - new - len(row) : length - new] = row
-    valid_BL[b, length - new - len(row) :] = True
-  return canvas_BL, valid_BL
+  c = plan.config
+
+  def some_rows(size, step, state, count_B, active_B):
+    """`evaluate` for the first `size` active rows, and for others to which nothing happens."""
+    order_R = jnp.argsort(~active_B, stable=True)[:size]
+    few = lambda tree: jax.tree.map(lambda x: x[order_R], tree)  # noqa: E731
+    part = evaluate(few(rows), block, step, few(state), count_B[order_R], active_B[order_R])
+    return jax.tree.map(lambda whole, new: whole.at[order_R].set(new), state, part)
+
+  # Where nothing can be committed, nothing is computed.
+  kinds = [lambda step, state, *_: state]
+  kinds += [functools.partial(some_rows, size) for size in sizes[:-1]]
+  kinds += [functools.partial(evaluate, rows, block)]
+
+  def body(carry):
+    step, state = carry
+    tokens_BW = plan.of_block(state[0].tokens, block)
+    masked_BW = (tokens_BW == plan.mask_id) & plan.of_block(rows.generated, block)
+    left_B = jnp.sum(masked_BW, axis=1)
+    count_B = remasking.commit_count(c.alg, left_B, step, plan.steps, plan.ratios)
+    if c.in_parallel:
+      count_B = jnp.maximum(count_B, 1)
+    active_B = plan.wanted(rows, state[0], block) & ((count_B > 0) | (c.alg == "origin"))
+    number = jnp.sum(active_B)
+    kind = jnp.where(number > 0, 1 + jnp.sum(number > jnp.asarray(sizes)), 0)
+    return step + 1, jax.lax.switch(kind, kinds, step, state, count_B, active_B)
+
+  def unfinished(carry):
+    step, (trace, _, _) = carry
+    return (step < plan.steps) & jnp.any(plan.wanted(rows, trace, block))
+
+  trace, memory, kept = state
+  if c.kl_bound:
+    logits_BWV = jax.eval_shape(lambda: look(rows, rows.canvas, 0, 0, kept)[0])
+    memory = unmasking.forgetting(logits_BWV.shape)
+  start = jnp.zeros((), jnp.int32), (trace, memory, kept)
+  trace, _, kept = jax.lax.while_loop(unfinished, body, start)[1]
+  return trace, None, kept
+
+
+def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
+  """One step of a block: reads the canvases of all `rows` and writes into those that are active."""
+  c = plan.config
+  trace, memory, kept = state
+  logits_BWV, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
+  index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
+  masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
+  number = block * plan.steps + step  # of all blocks
+  keys_BW = None
+  if unmasking.draws(c):
+    keys_BW = unmasking.noise_keys(rows.keys, number, plan.of_block(rows.logical, block))
+  chance = jnp.where(step == plan.steps - 1, 1.0, plan.ratios[step])
+  choice, memory = unmasking.choose(
+    logits_BWV, masked_BW & active_B[:, None], count_B, chance, keys_BW, index_BW, c, plan.mask_id,
+    memory,
+  )  # fmt: skip
+  found = {"tokens": choice.tokens, "step": number, "confidence": choice.confidence,
+           "entropy": choice.entropy}  # fmt: skip
+  if c.alternatives:
+    found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)
+
+  def note(name, new_BW):
+    old_BS = getattr(trace, name)
+    chosen_BW = choice.chosen.reshape(*choice.chosen.shape, *(1,) * (old_BS.ndim - 2))
+    new_BW = jnp.where(chosen_BW, new_BW, plan.of_block(old_BS, block))
+    return plan.with_block(old_BS, new_BW, block)
+
+  written = {name: note(name, new_BW) for name, new_BW in found.items()}
+  trace = trace.replace(**written, nfe=trace.nfe + active_B.astype(jnp.int32))
+  return trace, memory, kept
+
+
+def _empty_trace(rows, config):
+  """Nothing is written yet; [B, S]."""
+  zeros_BS = jnp.zeros(rows.index.shape, jnp.float32)
+  trace = Trace(
+    tokens=jnp.take_along_axis(rows.canvas, rows.index, axis=1),
+    step=jnp.full(rows.index.shape, -1, jnp.int32),
+    confidence=zeros_BS,
+    entropy=zeros_BS,
+    nfe=jnp.zeros(len(rows.canvas), jnp.int32),
+    valid=rows.generated,
+  )
+  if config.alternatives:
+    shape = (*rows.index.shape, config.alternatives)
+    trace = trace.replace(
+      alternatives=jnp.full(shape, -1, jnp.int32), alternative_probs=jnp.zeros(shape, jnp.float32)
+    )
+  return trace
 
 
 def row_keys(seed, rows):

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import autoregressive, sampler
+from diffucoder_jax.diffusion import autoregressive, cache, canvas, sampler
 from diffucoder_jax.evals import benchmarks, prompts
-from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn, next_logits_fn
+from diffucoder_jax.model import windows
+from diffucoder_jax.model.transformer import Transformer, next_logits_fn
 from diffucoder_jax.runtime import sharding
 
 LENGTH_STEP = 32  # canvases are padded to multiples of this, so that few programs are compiled
@@ -102,12 +103,15 @@ def sample(ckpt, rows, config, seed=0, batch_size=8):
   batch_size = min(batch_size, len(rows))
   batch_size += -batch_size % shards
   masks = [row.ids.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
+  cache.check(config, max(masks))
   steps = [config.steps or count for count in masks]
-  slots = max(masks) + -max(masks) % SLOTS_STEP
+  # Rows of a batch take the same steps; with blocks they have as many of them, too.
+  kinds = [(count, mask if config.block_size else 0) for count, mask in zip(steps, masks, strict=True)]
   # Alike lengths go together, so that little is padded.
-  order = sorted(range(len(rows)), key=lambda i: (steps[i], len(rows[i].ids)))
+  order = sorted(range(len(rows)), key=lambda i: (kinds[i], len(rows[i].ids)))
   while order:
-    chosen = [i for i in order[:batch_size] if steps[i] == steps[order[0]]]
+    chosen = [i for i in order[:batch_size] if kinds[i] == kinds[order[0]]]
+    slots = kinds[chosen[0]][1] or max(masks) + -max(masks) % SLOTS_STEP
     order = order[len(chosen) :]
     filled = chosen + chosen[-1:] * (batch_size - len(chosen))
     now = dataclasses.replace(config, steps=steps[chosen[0]])
@@ -152,7 +156,7 @@ def _batch(ckpt, rows, keys, config, slots, cached):
   """Left-pads the rows to one length and samples; gives all rows' `Trace` on every host."""
   length = max(map(len, rows)) + config.max_new_tokens
   length += -length % LENGTH_STEP
-  canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
+  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
   if cached:
     run = functools.partial(_run_cached, ckpt.config, config, ckpt.mask_id, stop_ids(ckpt))
   else:
@@ -171,7 +175,8 @@ def _batch(ckpt, rows, keys, config, slots, cached):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(model_config, config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B2):
-  logits_fn = canvas_logits_fn(Transformer(model_config), params)
+  window = cache.WINDOWS.get(config.cache)
+  logits_fn = windows.logits_fn(Transformer(model_config), params, config.block_size, window)
   keys_B = jax.random.wrap_key_data(keys_B2)
   return sampler.generate(
     logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, eos_id=eos_id, slots=slots

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.diffusion import canvas, sampler
 from diffucoder_jax.grpo import objective
 from diffucoder_jax.model.transformer import canvas_logits_fn
 from diffucoder_jax.runtime import hosts, sharding
@@ -120,7 +120,7 @@ def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max
   """
   longest = int(hosts.largest_everywhere(max(map(len, rows))))
   length = canvas_length(longest, max_prompt, config.max_new_tokens)
-  canvas_BL, valid_BL = sampler.lay_out(rows, length, config.max_new_tokens, mask_id)
+  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, mask_id)
   placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)
   trace = _sample(model, config, mask_id, eos_id, params, placed[0], placed[1], key, placed[2])
   return jax.tree.map(sharding.local_rows, trace)

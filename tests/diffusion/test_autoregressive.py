@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffucoder_jax.diffusion import autoregressive, sampler
+from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.model.transformer import (
   Transformer,
@@ -73,7 +74,7 @@ def test_a_cache_changes_no_token(params, name):
   """Rows of 1 to 7 tokens, padded left; key heads that serve two query heads each."""
   config = dataclasses.replace(GREEDY, **SETTINGS[name])
   new = config.max_new_tokens
-  canvas, valid = sampler.lay_out(PROMPTS, 8 + new, new, MASK)
+  canvas, valid = canvases.lay_out(PROMPTS, 8 + new, new, MASK)
   keys = sampler.row_keys(3, len(PROMPTS))
   trace = cached(CONFIG, config, params, canvas, valid, keys)
   assert_same(trace, uncached(CONFIG, config, params, canvas, valid, keys))
@@ -95,7 +96,7 @@ def test_a_cache_changes_no_token(params, name):
 def test_every_network(changes):
   model_config = dataclasses.replace(CONFIG, **changes)
   params = nn.unbox(init_params(Transformer(model_config), jax.random.key(4)))
-  canvas, valid = sampler.lay_out(PROMPTS, 8 + NEW, NEW, MASK)
+  canvas, valid = canvases.lay_out(PROMPTS, 8 + NEW, NEW, MASK)
   config = dataclasses.replace(GREEDY, temperature=0.7)
   arrays = params, canvas, valid, sampler.row_keys(1, 4)
   assert_same(cached(model_config, config, *arrays), uncached(model_config, config, *arrays))
@@ -110,7 +111,7 @@ def test_neighbours_and_padding_change_nothing(params, temperature):
   def written(rows, padding):
     chosen = [PROMPTS[b] for b in rows]
     length = max(map(len, chosen)) + NEW + padding
-    arrays = *sampler.lay_out(chosen, length, NEW, MASK), keys[np.asarray(rows)]
+    arrays = *canvases.lay_out(chosen, length, NEW, MASK), keys[np.asarray(rows)]
     trace = cached(CONFIG, config, params, *arrays)
     return dict(zip(rows, np.asarray(trace.tokens)[:, -NEW:].tolist(), strict=True))
 
@@ -125,7 +126,7 @@ def test_neighbours_and_padding_change_nothing(params, temperature):
 def test_a_mesh_changes_no_token(params, shape):
   mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
   config = dataclasses.replace(GREEDY, temperature=0.8, top_p=0.9)
-  canvas, valid = sampler.lay_out(PROMPTS * 2, 8 + NEW, NEW, MASK)
+  canvas, valid = canvases.lay_out(PROMPTS * 2, 8 + NEW, NEW, MASK)
   keys = sampler.row_keys(3, 8)
   wanted = cached(CONFIG, config, params, canvas, valid, keys)
   with jax.set_mesh(mesh):
@@ -158,7 +159,7 @@ def counting(script, calls):
 
 def test_each_token_is_read_once_and_ended_rows_are_waited_for_no_longer():
   script = np.asarray([[0, 0, 5, 6, EOS, 7, 7, 7, 7], [0, 0, 8, 2, 9, 9, EOS, 3, 3]])
-  canvas, valid = sampler.lay_out([[4, 4], [3]], 9, 7, MASK)
+  canvas, valid = canvases.lay_out([[4, 4], [3]], 9, 7, MASK)
   config = dataclasses.replace(GREEDY, max_new_tokens=7, stop_at_eos=True)
   calls = []
   trace = autoregressive.generate(
@@ -175,7 +176,7 @@ def test_each_token_is_read_once_and_ended_rows_are_waited_for_no_longer():
 
 
 def test_what_it_cannot_write_is_refused():
-  canvas, valid = sampler.lay_out([[4, 4]], 4, 2, MASK)
+  canvas, valid = canvases.lay_out([[4, 4]], 4, 2, MASK)
   short = dataclasses.replace(GREEDY, max_new_tokens=2, steps=0)
   write = lambda config, canvas=canvas: autoregressive.generate(  # noqa: E731
     None, canvas, valid, None, config, mask_id=MASK

@@ -116,9 +116,51 @@ def test_the_nucleus_is_the_same_a_position_at_a_time(top_p):
   probs = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (3, 5, 257)), axis=-1)
   probs = probs.at[0, 0].set(1 / 257).at[1, 1].set(jax.nn.one_hot(7, 257))  # all tied; one alone
   found, wanted = (
-    np.asarray(edge(probs, top_p)) for edge in (remasking._edge_by_position, remasking._edge_at_once)
+    np.asarray(edge(probs, top_p))
+    for edge in (remasking._edge_by_position, remasking._edge_at_once)
   )
   np.testing.assert_array_equal(found, wanted)
   kept = np.where(np.asarray(probs) >= wanted[..., None], probs, 0.0)
   above = np.where(np.asarray(probs) > wanted[..., None], probs, 0.0)
   assert (kept.sum(-1) > top_p - 1e-6).all() and (above.sum(-1) <= top_p + 1e-6).all()
+
+
+@pytest.mark.parametrize("schedule", sorted(remasking.SCHEDULES))
+def test_every_schedule_commits_everything(schedule):
+  for steps, left in ((1, 7), (4, 10), (12, 12), (9, 64)):
+    ratios_T, counts = remasking.commit_ratios(steps, 1e-3, schedule), []
+    for step in range(steps):
+      count = remasking.commit_count(
+        "entropy", jnp.asarray([left - sum(counts)]), step, steps, ratios_T
+      )
+      counts.append(int(count[0]))
+    assert sum(counts) == left and min(counts) >= 0, (steps, left)
+    if schedule == "uniform" and left % steps == 0:
+      assert set(counts) == {left // steps}
+    if schedule == "cosine" and steps > 1:
+      assert counts[0] <= counts[-1]
+
+
+def test_the_entropy_bound_is_on_what_tokens_tell_about_each_other():
+  rng = np.random.default_rng(0)
+  confidence = rng.normal(size=(20, 9)).astype(np.float32)
+  entropy = rng.exponential(size=(20, 9)).astype(np.float32)
+  masked = rng.random((20, 9)) < 0.7
+  for bound in (0.0, 0.5, 2.0, 100.0):
+    got = np.asarray(remasking.within_entropy_bound(bound, confidence, masked, entropy))
+    for b in range(20):
+      order = [i for i in np.argsort(-confidence[b]) if masked[b, i]]
+      fits = [
+        n for n in range(1, len(order) + 1)
+        if (h := entropy[b, order[:n]]).sum() - h.max() <= bound + 1e-6
+      ]  # fmt: skip
+      wanted = {*order[: max(fits, default=0)]}
+      assert {*np.flatnonzero(got[b])} == wanted
+
+
+def test_divergence_is_kl():
+  rng = np.random.default_rng(0)
+  now, before = (rng.dirichlet(np.ones(6), (2, 3)).astype(np.float32) for _ in range(2))
+  wanted = np.sum(now * np.log(now / before), axis=-1)
+  np.testing.assert_allclose(remasking.divergence(now, before), wanted, atol=1e-5)
+  np.testing.assert_allclose(remasking.divergence(now, now), 0, atol=1e-6)

@@ -31,8 +31,10 @@ def run():
   return jitted
 
 
-def sample(params, canvas, valid, keys, config, bias=0.0, slots=None):
+def sample(params, canvas, valid, keys, config, bias=0.0, slots=None, batch_sizes=(), seen=None):
   def logits_fn(canvas, valid, index=None):
+    if seen is not None:
+      jax.debug.callback(functools.partial(seen.append, len(canvas)))
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     features = Transformer(CONFIG).apply(
       {"params": params}, canvas, valid.astype(jnp.int32), positions
@@ -42,8 +44,9 @@ def sample(params, canvas, valid, keys, config, bias=0.0, slots=None):
     return unembed(params, features).at[..., EOS].add(bias)
 
   return sampler.generate(
-    logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS, slots=slots
-  )
+    logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS, slots=slots,
+    batch_sizes=batch_sizes,
+  )  # fmt: skip
 
 
 def layout(prompts, new, left, right=0):
@@ -348,3 +351,69 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
 def test_settings_out_of_range_are_named(wrong):
   with pytest.raises(ValueError, match=f"sampler.{next(iter(wrong))}"):
     sampler.SamplerConfig(**wrong)
+
+
+@pytest.mark.parametrize(("alg", "temperature"), [("maskgit_plus", 0.0), ("left_to_right", 1.5)])
+def test_rows_that_are_done_leave_the_batch(run, alg, temperature):
+  """Same tokens, steps and evaluations, and the network sees no more rows than it has to."""
+  prompts = [[2, 3], [4] * 5, [6], [7, 8, 9], [10, 11], [12], [13], [14] * 4]
+  canvas, valid = layout(prompts, 12, left=2)
+  keys = sampler.row_keys(3, len(prompts))
+  config = sampler.SamplerConfig(
+    alg=alg, max_new_tokens=12, temperature=temperature, stop_at_eos=True, alternatives=2
+  )
+  bias = 6.0
+  wanted = run(canvas, valid, keys, config, bias)
+  seen = []
+  params = run.args[0]
+  got = jax.jit(
+    lambda: sample(params, canvas, valid, keys, config, bias, None, (1, 2, 4, 6, 8), seen)
+  )()
+  jax.effects_barrier()
+  for name, array in vars(got).items():
+    np.testing.assert_allclose(array, getattr(wanted, name), rtol=0, atol=1e-5, err_msg=name)
+  nfe = np.asarray(got.nfe)
+  left = [int((nfe >= n).sum()) for n in range(1, nfe.max() + 1)]  # rows of each evaluation
+  assert seen == [min(size for size in (1, 2, 4, 6, 8) if size >= n) for n in left]
+  assert len({*seen}) > 2
+
+
+@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus"])
+def test_a_threshold_commits_what_is_sure_and_at_least_one(run, alg):
+  canvas, valid = layout([[2, 3], [4] * 5, [6]], 12, left=0)
+  keys = sampler.row_keys(0, 3)
+  base = sampler.SamplerConfig(alg=alg, max_new_tokens=12, temperature=0.0, top_p=1.0)
+  off, exact = (
+    run(canvas, valid, keys, c) for c in (dataclasses.replace(base, threshold=1.0), base)
+  )
+  np.testing.assert_array_equal(off.tokens, exact.tokens)
+  seen = {}
+  for threshold in (0.9, 0.5, 0.2):
+    config = dataclasses.replace(base, threshold=threshold)
+    trace = run(canvas, valid, keys, config)
+    assert (np.asarray(trace.tokens) != MASK).all()
+    seen[threshold] = int(np.sum(trace.nfe))
+    step_BL = np.asarray(trace.step)
+    for b in range(3):
+      steps, counts = np.unique(step_BL[b][step_BL[b] >= 0], return_counts=True)
+      assert trace.nfe[b] == len(steps) and steps.tolist() == [*range(len(steps))]  # none is wasted
+      if alg == "maskgit_plus":  # whose confidence is the token's probability
+        for step, count in zip(steps, counts, strict=True):
+          sure = np.sort(np.asarray(trace.confidence)[b][step_BL[b] == step])
+          assert (sure[:-1] > threshold).all() and (count == 1 or sure[0] > threshold)
+  assert seen[0.2] < seen[0.9] <= int(np.sum(exact.nfe)) + 3
+
+
+def test_an_entropy_bound_and_a_kl_bound_commit_more_or_less(run):
+  canvas, valid = layout([[2, 3], [4] * 5, [6]], 12, left=0)
+  keys = sampler.row_keys(0, 3)
+  evaluations = lambda **changes: np.sum(  # noqa: E731
+    run(canvas, valid, keys, sampler.SamplerConfig(
+      max_new_tokens=12, temperature=0.0, top_p=1.0, **changes)).nfe
+  )  # fmt: skip
+  assert evaluations(entropy_bound=100.0) == 3  # everything at once
+  assert evaluations(entropy_bound=3.0) < evaluations(entropy_bound=0.01)
+  assert evaluations(threshold=0.01) == 3
+  # What was seen for the first time has not been stable: two more evaluations.
+  assert evaluations(threshold=0.01, kl_bound=1e9) == 9
+  assert evaluations(threshold=0.01, kl_bound=1e-9) == 36

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.grpo import rollout
 
@@ -19,7 +20,7 @@ def test_canvases_have_few_lengths_and_are_never_longer_than_a_batch():
 
 
 def test_a_batch_is_the_canvas_with_what_was_sampled():
-  canvas, valid = sampler.lay_out([[5, 6], [7, 8, 9]], 7, 4, mask_id=1)
+  canvas, valid = canvases.lay_out([[5, 6], [7, 8, 9]], 7, 4, mask_id=1)
   assert canvas.tolist() == [[0, 5, 6, 1, 1, 1, 1], [7, 8, 9, 1, 1, 1, 1]]
   assert valid.tolist() == [[False] + [True] * 6, [True] * 7]
   tokens = np.where(canvas == 1, [[0, 0, 0, 4, 2, 4, 3], [0, 0, 0, 4, 4, 4, 4]], canvas)

@@ -1,0 +1,84 @@
+"""How fast we are on this machine, beside PyTorch on the same weights where that can be had.
+
+  python -m diffucoder_jax.bench sample      denoising
+  python -m diffucoder_jax.bench train       forward pass, gradient, whole step of training
+  python -m diffucoder_jax.bench logps       scores of coupled-GRPO, and their gradient
+  python -m diffucoder_jax.bench sandbox     programs judged per second
+  python -m diffucoder_jax.bench convert     Hugging Face folder to Orbax checkpoint and back
+
+Prints one table, all of it measured in this run; `bench sample --help` names the settings. Nothing is
+written unless --output says where: DIR/sample.json and DIR/sample.txt. PyTorch is optional:
+pip install -e '.[torch]'.
+"""
+
+import argparse
+import json
+import sys
+
+from etils import epath
+
+from diffucoder_jax.benchmarking import (
+  conversion,
+  sampling,
+  sandbox,
+  scoring,
+  table,
+  timing,
+  training,
+)
+from diffucoder_jax.execution.sandbox import SandboxUnavailable
+
+BENCHES = {
+  "sample": sampling,
+  "train": training,
+  "logps": scoring,
+  "sandbox": sandbox,
+  "convert": conversion,
+}
+
+
+def parse_arguments(argv=None):
+  """Command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m diffucoder_jax.bench",
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  parts = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+  for name, module in BENCHES.items():
+    part = parts.add_parser(
+      name, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    part.add_argument("--repeats", type=int, default=5, help="of each measurement, in turns")
+    part.add_argument(
+      "--output", metavar="DIR",
+      help=f"also write DIR/{name}.json, with every repeat, and DIR/{name}.txt",
+    )  # fmt: skip
+    module.add_arguments(part)
+  args = parser.parse_args(argv)
+  if args.repeats < 1:
+    parser.error("--repeats must be at least 1")
+  return args
+
+
+def main(argv=None):
+  """Runs one benchmark, prints its table and writes it where --output says. Returns the JSON value."""
+  args = parse_arguments(argv)
+  found = BENCHES[args.bench].run(args)
+  around = timing.surroundings()
+  text = "\n".join(table.lines(found, around))
+  print(text)
+  result = table.as_json(found, args.bench, vars(args), around)
+  if args.output:
+    folder = epath.Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{args.bench}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{args.bench}.txt").write_text(text + "\n")
+  return result
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  # A folder that is absent, weights that do not fit, a machine without isolation.
+  except (OSError, ValueError, SandboxUnavailable) as error:
+    sys.exit(f"bench: {error}")

@@ -1,0 +1,91 @@
+"""The same weights in PyTorch: the model file that travels with our exports, or Dream's own.
+
+PyTorch is optional here, and imported in these functions only.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+
+from diffucoder_jax.benchmarking import timing
+from diffucoder_jax.hf import export
+
+
+def absent():
+  """Why PyTorch cannot be compared with here, in words; "" if it can."""
+  os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; all is in the folders
+  try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+  except ImportError as error:
+    return f"left out: the PyTorch twin ({error}): pip install -e '.[torch]'"
+  if jax.default_backend() != "cpu":
+    return (
+      f"left out: the PyTorch twin, which runs on CPU while JAX runs on {jax.default_backend()}"
+    )
+  return ""
+
+
+def versions():
+  """{"torch", "transformers"}: their versions; needs both."""
+  import torch
+  import transformers
+
+  return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+@functools.cache
+def _modules():
+  """Where `transformers` puts copies of models' code: not among the user's, and gone at exit."""
+  return tempfile.TemporaryDirectory()
+
+
+def open_twin(folder):
+  """The model of a Hugging Face folder, through AutoModel and the code beside the weights.
+
+  Args: folder: with config.json, safetensors and a model file.
+  Returns: a `transformers.PreTrainedModel` in float32, for inference, on as many threads as XLA has.
+  Raises: whatever that code or `transformers` raises.
+  """
+  import torch
+  import transformers
+  from transformers import dynamic_module_utils
+
+  transformers.utils.logging.set_verbosity_error()
+  transformers.utils.logging.disable_progress_bar()
+  torch.set_num_threads(timing.cores())
+  before = dynamic_module_utils.HF_MODULES_CACHE
+  dynamic_module_utils.HF_MODULES_CACHE = _modules().name
+  try:
+    return transformers.AutoModel.from_pretrained(
+      folder, torch_dtype=torch.float32, trust_remote_code=True
+    ).eval()
+  finally:
+    dynamic_module_utils.HF_MODULES_CACHE = before
+
+
+def open_dream(folder, code, config, target):
+  """The weights of `folder` under Dream's original modeling code.
+
+  Args:
+    folder: ours. code: folder with `export.DREAM_FILES`. config: `ModelConfig`. target: to make.
+  Raises:
+    FileNotFoundError: a file of the code is absent; ValueError: it cannot express this network.
+  """
+  code = pathlib.Path(code)
+  missing = [name for name in export.DREAM_FILES if not (code / name).exists()]
+  if missing:
+    raise FileNotFoundError(f"{code} lacks {', '.join(missing)}")
+  export.check_remote_code("dream", config)
+  shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py"))
+  keys, files = export.model_code(config, "dream", code)
+  for name, contents in files.items():
+    (target / name).write_bytes(contents)
+  hf_config = json.loads((target / "config.json").read_text())
+  (target / "config.json").write_text(json.dumps({**hf_config, **keys}, indent=2))
+  return open_twin(target)

@@ -1,0 +1,62 @@
+"""Canvases: rows of tokens in which masks stand for what is to be written, and which places these are."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@flax.struct.dataclass
+class Rows:
+  """What stays the same of rows while they are denoised. S places of each may be written."""
+
+  canvas: jax.Array  # int32 [B, L]
+  valid: jax.Array  # bool [B, L]
+  keys: jax.Array  # [B]
+  index: jax.Array  # int32 [B, S], the places, in their order; where a row has fewer, any others
+  generated: jax.Array  # bool [B, S], False at those others
+  rank: jax.Array  # int32 [B, L], which of the S a place is, where `written`
+  written: jax.Array  # bool [B, L]
+  logical: jax.Array  # int32 [B, S], each place's number among the row's real tokens
+
+
+def rows_of(canvas, valid, keys, mask_id, slots):
+  """`Rows` of a canvas with S = `slots`, which may be more than its L places."""
+  written_BL = (canvas == mask_id) & valid
+  logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+  length = canvas.shape[1]
+  if slots == length:  # the loop knows all places, in their order
+    index_BS = rank_BL = jnp.broadcast_to(jnp.arange(length), canvas.shape)
+    generated_BS, logical_BS = written_BL, logical_BL
+  else:
+    index_BL = jnp.argsort(~written_BL, axis=1, stable=True)
+    more = max(0, slots - length)  # the last block may reach beyond
+    index_BS = jnp.pad(index_BL, ((0, 0), (0, more)), mode="edge")[:, :slots]
+    rank_BL = jnp.clip(jnp.cumsum(written_BL, axis=1) - 1, 0, slots - 1)
+    generated_BS = jnp.arange(slots)[None, :] < jnp.sum(written_BL, axis=1, keepdims=True)
+    logical_BS = jnp.take_along_axis(logical_BL, index_BS, axis=1)
+  return Rows(canvas, valid, keys, index_BS, generated_BS, rank_BL, written_BL, logical_BS)
+
+
+def put(rows, x_BS, others_BL):
+  """[B, S] on the canvas, `others_BL` (may be a number) elsewhere; also for [B, S, ...]."""
+  more = (1,) * (x_BS.ndim - 2)
+  found_BL = jnp.take_along_axis(x_BS, rows.rank.reshape(*rows.rank.shape, *more), axis=1)
+  return jnp.where(rows.written.reshape(*rows.written.shape, *more), found_BL, others_BL)
+
+
+def lay_out(rows, length, new, mask_id):
+  """Canvases for `generate`: rows, left-padded to one length, with `new` masks behind each.
+
+  Args:
+    rows: lists of token ids. length: int, at least the longest row and `new`. mask_id: int.
+  Returns:
+    (canvas int32, valid bool), numpy [B, length].
+  """
+  canvas_BL = np.zeros((len(rows), length), np.int32)
+  valid_BL = np.zeros((len(rows), length), bool)
+  for b, row in enumerate(rows):
+    canvas_BL[b, length - new :] = mask_id
+    canvas_BL[b, length - new - len(row) : length - new] = row
+    valid_BL[b, length - new - len(row) :] = True
+  return canvas_BL, valid_BL

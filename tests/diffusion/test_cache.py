@@ -1,0 +1,193 @@
+"""Blocks with a cache: exact where they can be, and the same in any batch."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffucoder_jax.diffusion import cache, remasking, sampler
+from diffucoder_jax.diffusion import canvas as canvases
+from diffucoder_jax.model import windows
+from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.transformer import Transformer, init_params
+
+MASK, EOS = 30, 1
+CONFIG = ModelConfig(
+  vocab_size=32, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
+  rope_theta=1e4, init_std=0.5, remat="none",
+)  # fmt: skip
+PROMPTS = ([2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [], [13, 14, 15, 16])
+NEW = 12
+PLAIN = sampler.SamplerConfig(max_new_tokens=NEW, block_size=4, temperature=0.0, top_p=1.0)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def params():
+  return nn.unbox(init_params(Transformer(CONFIG), jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def denoise(layers, config, slots, params, canvas, valid, keys):
+  model_config = dataclasses.replace(CONFIG, num_layers=layers)
+  used = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
+  window = cache.WINDOWS.get(config.cache)
+  return sampler.generate(
+    windows.logits_fn(Transformer(model_config), used, config.block_size, window),
+    canvas, valid, keys, config, mask_id=MASK, eos_id=EOS, slots=slots,
+  )  # fmt: skip
+
+
+def run(params, layers=2, prompts=PROMPTS, rows=None, length=8 + NEW, slots=NEW, **changes):
+  config = dataclasses.replace(PLAIN, **changes)
+  canvas, valid = canvases.lay_out(prompts, length, config.max_new_tokens, MASK)
+  keys = sampler.row_keys(0, len(PROMPTS))[
+    np.asarray(range(len(prompts)) if rows is None else rows)
+  ]
+  return denoise(layers, config, slots, params, canvas, valid, keys)
+
+
+def assert_same(trace, wanted):
+  for name in ("tokens", "step", "nfe", "valid"):
+    np.testing.assert_array_equal(getattr(trace, name), getattr(wanted, name), err_msg=name)
+  np.testing.assert_allclose(trace.confidence, wanted.confidence, rtol=0, atol=1e-5)
+  assert (np.asarray(trace.step)[:, -NEW:] >= 0).any(axis=1).all()
+
+
+WAYS = {
+  "greedy": {},
+  "drawn": dict(temperature=0.8, top_p=0.9, alg="maskgit_plus"),
+  "threshold": dict(threshold=0.3, steps=24),
+  "bounds": dict(entropy_bound=0.5, schedule="uniform"),
+  "to the end": dict(temperature=1.0, stop_at_eos=True, schedule="cosine"),
+  "stable": dict(threshold=0.2, kl_bound=0.3, alg="topk_margin"),
+}
+
+
+QUICK = {("dual", "greedy"), ("prefix", "threshold")}  # the others take a minute of compilation
+
+
+@pytest.mark.parametrize(
+  ("kind", "way"),
+  [
+    pytest.param(kind, way, marks=[] if (kind, way) in QUICK else pytest.mark.slow)
+    for kind in sorted(cache.WINDOWS)
+    for way in WAYS
+  ],
+)
+def test_a_cache_that_is_always_fresh_changes_nothing(params, kind, way):
+  changes = WAYS[way]
+  wanted = run(params, **changes)
+  assert_same(run(params, cache=kind, refresh=1, **changes), wanted)
+
+
+@pytest.mark.parametrize("kind", sorted(cache.WINDOWS))
+def test_one_layer_needs_no_refresh(params, kind):
+  """Keys and values of its other places depend on nothing but themselves. So the window is read right,
+  and what it holds now, not at the refresh, is seen."""
+  assert_same(run(params, 1, cache=kind), run(params, 1))
+  drawn = dict(temperature=1.0, top_p=0.9, threshold=0.5)
+  assert_same(run(params, 1, cache=kind, **drawn), run(params, 1, **drawn))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(cache.WINDOWS))
+def test_a_cache_is_an_approximation_that_refreshing_mends(params, kind):
+  exact = run(params)
+  apart = [
+    (
+      np.asarray(run(params, cache=kind, refresh=n).confidence) != np.asarray(exact.confidence)
+    ).mean()
+    for n in (0, 2, 1)
+  ]
+  assert apart[0] > 0 and apart[2] == 0, apart
+
+
+@pytest.mark.parametrize(
+  ("kind", "refresh"),
+  [
+    ("dual", 3),
+    pytest.param("prefix", 0, marks=pytest.mark.slow),
+    pytest.param("dual", 0, marks=pytest.mark.slow),
+  ],
+)
+def test_rows_do_not_know_of_each_other(params, kind, refresh):
+  changes = dict(cache=kind, refresh=refresh, temperature=0.8, threshold=0.6, stop_at_eos=True)
+  together = run(params, **changes)
+  for row in (0, 1, 3):
+    alone = run(params, prompts=[PROMPTS[row]], rows=[row], length=10 + NEW, **changes)
+    for name in ("tokens", "step"):
+      np.testing.assert_array_equal(
+        getattr(alone, name)[0, -NEW:], getattr(together, name)[row, -NEW:], err_msg=name
+      )
+    assert alone.nfe[0] == together.nfe[row]
+
+
+def test_blocks_come_one_after_the_other(params):
+  trace = run(params, steps=6, schedule="uniform")
+  step_BN = np.asarray(trace.step)[:, -NEW:]
+  np.testing.assert_array_equal(step_BN // 2, np.broadcast_to(np.arange(NEW) // 4, step_BN.shape))
+  np.testing.assert_array_equal(trace.nfe, 6)
+  whole = run(params, block_size=0)
+  np.testing.assert_array_equal(run(params, block_size=NEW).tokens, whole.tokens)
+  np.testing.assert_array_equal(run(params, block_size=5 * NEW).tokens, whole.tokens)
+
+
+def test_holes_are_written_in_blocks_too(params):
+  prompts = [[2, MASK, MASK, 4, MASK], [5, MASK, 6, 7, MASK]]
+  trace = run(params, prompts=prompts, length=5, slots=3, max_new_tokens=0, block_size=2, steps=4)
+  tokens_BL = np.asarray(trace.tokens)
+  assert (tokens_BL != MASK).all()
+  assert trace.step[0, 1] < 2 and trace.step[0, 2] < 2 and trace.step[0, 4] >= 2
+  assert trace.step[1, 1] < 2 and trace.step[1, 4] < 2
+  given_BL = np.asarray(prompts) != MASK
+  np.testing.assert_array_equal(tokens_BL[given_BL], np.asarray(prompts)[given_BL])
+
+
+def test_steps_that_are_not_evaluated_do_not_age_a_cache():
+  config = dataclasses.replace(PLAIN, cache="dual", refresh=2)
+  # Of as many steps as places the first commits nothing.
+  assert cache.refreshes(config, 4).tolist() == [False, True, False, True]
+  assert (
+    cache.refreshes(dataclasses.replace(config, threshold=0.9), 4).tolist() == [True, False] * 2
+  )
+  assert (
+    cache.refreshes(dataclasses.replace(config, refresh=0), 4).tolist()
+    == [False, True] + [False] * 2
+  )
+  for steps in (1, 3, 9):
+    assert cache.refreshes(dataclasses.replace(config, refresh=1), steps).sum() == min(
+      steps, int(np.count_nonzero(committed(config, steps)))
+    )
+
+
+def committed(config, steps):
+  left, counts = jnp.asarray([config.block_size]), []
+  ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
+  for step in range(steps):
+    counts.append(int(remasking.commit_count(config.alg, left, step, steps, ratios_T)[0]))
+    left -= counts[-1]
+  return counts
+
+
+def test_what_cannot_be_cached_is_named(params):
+  with pytest.raises(ValueError, match="needs a block_size that divides max_new_tokens"):
+    sampler.SamplerConfig(cache="dual", max_new_tokens=10, block_size=4)
+  with pytest.raises(ValueError, match="needs a block_size"):
+    sampler.SamplerConfig(cache="dual")
+  with pytest.raises(ValueError, match="choose one of"):
+    sampler.SamplerConfig(cache="both", block_size=8)
+  causal = Transformer(dataclasses.replace(CONFIG, attention="causal"))
+  with pytest.raises(ValueError, match="networks that see both ways"):
+    windows.logits_fn(causal, params, 4, cache.WINDOWS["dual"])
+  config = dataclasses.replace(PLAIN, cache="dual")
+  cache.check(config, NEW)
+  cache.check(PLAIN, NEW + 1)
+  with pytest.raises(ValueError, match="a row has 13 masks where 12"):
+    cache.check(config, NEW + 1)
+  with pytest.raises(ValueError, match="leave out batch_sizes"):
+    sampler.generate(None, np.zeros((2, 16)), None, None, config, mask_id=MASK, batch_sizes=(1,))

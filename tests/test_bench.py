@@ -1,0 +1,281 @@
+"""The benchmarks say what they measured: tables, JSON, and whether both sides computed the same."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from diffucoder_jax import bench
+from diffucoder_jax.benchmarking import (
+  conversion,
+  sampling,
+  scoring,
+  table,
+  timing,
+  training,
+  twins,
+)
+from diffucoder_jax.execution.sandbox import SandboxUnavailable
+from diffucoder_jax.hf import export
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+SIZES = {
+  "sample": "--preset tiny --batch_sizes 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
+  "train": "--preset tiny --batch_size 4 --seq_len 16 --matmul_size 32",
+  "logps": "--preset tiny --batch_size 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
+  "sandbox": "--jobs 4 --workers 1",
+  "convert": "--megabytes 1",
+}
+AROUND = {"machine": "M", "devices": "D", "date": "today", "load": 0.5, "versions": {"jax": "1"}}
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+  monkeypatch.setattr(timing, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+  """As on a machine without PyTorch."""
+  monkeypatch.setattr(twins, "absent", lambda: "left out: the PyTorch twin")
+
+
+def run(name, folder, *more):
+  """Runs a small benchmark once; returns (its JSON file's value, its text file's)."""
+  arguments = [name, "--repeats", "1", "--output", str(folder), *SIZES[name].split(), *more]
+  returned = bench.main(arguments)
+  found = json.loads((folder / f"{name}.json").read_text())
+  assert found == json.loads(json.dumps(returned))
+  assert found["bench"] == name and found["arguments"]["repeats"] == 1
+  return found, (folder / f"{name}.txt").read_text()
+
+
+def by(found, *columns):
+  """The rows, by their values in some columns."""
+  return {tuple(row[column] for column in columns): row for row in found["rows"]}
+
+
+# --- Without PyTorch.
+
+
+def test_a_table_has_medians_and_ranges():
+  rows = [
+    {"who": "a", "seconds": [3.0, 1.0, 2000.0], "same_bytes": True},
+    {"who": "bcd", "count": 7},
+  ]
+  text = table.lines(table.Table("T", rows, ["note"], {"torch": "2"}), AROUND)
+  assert text[0] == "T"
+  assert text[2].split() == ["who", "seconds", "same", "bytes", "count"]
+  assert text[3].split() == ["a", "3", "(1..2,000)", "yes"]
+  assert text[4].split() == ["bcd", "7"]
+  assert text[-2] == "note" and "M; JAX on D; jax 1, torch 2; today, load 0.5" in text[-1]
+  assert (
+    table.cell(False) == "NO" and table.cell([0.5]) == "0.5" and table.cell(12.34567) == "12.346"
+  )
+
+
+def test_repeats_are_taken_in_turns():
+  calls = []
+  tasks = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+  seconds, results = timing.interleave(tasks, 2)
+  assert "".join(calls) == "ababab" and results == {"a": 1, "b": 2}
+  assert [len(x) for x in seconds.values()] == [2, 2]
+  seconds, _ = timing.interleave({"slow": lambda: time.sleep(0.01), "quick": lambda: None}, 1)
+  assert seconds["slow"][0] >= 0.01
+  assert timing.ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
+
+
+def test_sampling_alone(tmp_path, alone):
+  found, text = run("sample", tmp_path)
+  rows = by(found, "who")
+  ours, floor = rows[sampling.OURS,], rows[sampling.FLOOR,]
+  assert found["notes"][-1] == "left out: the PyTorch twin" in text
+  assert len(rows) == 2 and ours["tokens"] == 12 and 0 < ours["evaluations"] <= 6
+  assert ours["tokens_per_second"] == [pytest.approx(12 / ours["seconds"][0])]
+  assert floor["x_ours"] == [pytest.approx(floor["seconds"][0] / ours["seconds"][0])]
+  # What both columns say of the network's FLOPs: 2 rows of 11 tokens, 6 logits in each.
+  flops = [row["seconds"][0] * row["gflop_per_second"][0] * 1e9 for row in (ours, floor)]
+  layers = 2 * 2 * (64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128)
+  attended = 4 * 2 * 4 * 16 * 11
+  wanted = ours["evaluations"] * 2 * (11 * (layers + attended) + 6 * 2 * 64 * 512)
+  np.testing.assert_allclose(flops, wanted, rtol=1e-6)
+  assert found["versions"].keys() == {"python", "jax"}
+
+
+def test_training_alone(tmp_path, alone):
+  rows = by(run("train", tmp_path)[0], "what", "who")
+  assert len(rows) == 6
+  losses = [rows[part, training.OURS]["loss"] for part in (training.FORWARD, training.GRADIENT)]
+  # Random weights guess: about log(512) = 6.2 and what their certainty costs, over t.
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5) and 6 < losses[0] < 100
+  assert rows[training.STEP, training.OURS]["loss"] != losses[0]
+
+
+def test_scores_alone(tmp_path, alone):
+  found, _ = run("logps", tmp_path)
+  rows = by(found, "what", "who")
+  assert "3 passes" in found["title"] and len(rows) == 4
+  assert rows[scoring.GRADIENT, scoring.OURS]["gradient_norm"] > 0
+  assert rows[scoring.SCORES, scoring.OURS]["temporary_mb"] is not None
+
+
+def test_conversion(tmp_path, monkeypatch):
+  monkeypatch.setattr(conversion, "apart", conversion._convert)  # without a process for each
+  found, text = run("convert", tmp_path, "--folder", str(tmp_path))
+  rows = by(found, "what")
+  assert rows[conversion.OUT,]["same_bytes"] is True and text.count("yes") == 1
+  assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+  for row in rows.values():
+    assert row["gb_per_second"][0] * row["seconds"][0] == pytest.approx(0.041, rel=0.5)
+
+
+def test_conversion_tells_damage(tmp_path, monkeypatch):
+  def damaging(source, target):
+    outcome = conversion._convert(source, target)
+    if target.name == "back":
+      path = target / export.MANIFEST
+      manifest = json.loads(path.read_text())
+      manifest["tensors"]["model.norm.weight"]["sha256"] = "0"
+      path.write_text(json.dumps(manifest))
+    return outcome
+
+  monkeypatch.setattr(conversion, "apart", damaging)
+  found, text = run("convert", tmp_path)
+  assert by(found, "what")[conversion.OUT,]["same_bytes"] is False and " NO" in text
+
+
+def test_the_sandbox(tmp_path):
+  try:
+    (row,) = run("sandbox", tmp_path)[0]["rows"]
+  except SandboxUnavailable as error:
+    pytest.skip(f"no isolation on this machine: {error}")
+  assert row["programs"] == 4 and row["level"] in ("full", "no-userns")
+  assert row["per_second"][0] * row["seconds"][0] == pytest.approx(4)
+
+
+def test_refusals(capsys):
+  with pytest.raises(SystemExit):
+    bench.main(["sample", "--repeats", "0"])
+  assert "--repeats must be at least 1" in capsys.readouterr().err
+  with pytest.raises(FileNotFoundError, match="nothing that can be loaded"):
+    bench.main(["sample", "--ckpt", "/nowhere"])
+  with pytest.raises(SystemExit):
+    bench.main(["sample", "--help"])
+  assert "/sample.json" in capsys.readouterr().out
+
+
+# --- With PyTorch.
+
+
+@pytest.fixture
+def perturbed(monkeypatch):
+  """A twin with another head: another token is the best one at many places."""
+  real = twins.open_twin
+
+  def open_other(folder):
+    import torch
+
+    model = real(folder)
+    with torch.no_grad():
+      model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+    return model
+
+  monkeypatch.setattr(twins, "open_twin", open_other)
+
+
+@pytest.fixture
+def torch_is_there():
+  for name in ("torch", "transformers"):
+    pytest.importorskip(name)
+
+
+def with_torch(test):
+  """Marks a test that runs PyTorch."""
+  for mark in (pytest.mark.torch, pytest.mark.slow, pytest.mark.usefixtures("torch_is_there")):
+    test = mark(test)
+  return test
+
+
+@with_torch
+def test_the_twin_samples_the_same(tmp_path):
+  found, text = run("sample", tmp_path)
+  rows = by(found, "who")
+  ours, twin = rows[sampling.OURS,], rows[sampling.TWIN,]
+  assert twin["equal"] == twin["tokens"] == 12
+  assert twin["evaluations"] == ours["evaluations"]
+  assert twin["x_ours"] == [pytest.approx(twin["seconds"][0] / ours["seconds"][0])]
+  assert found["versions"].keys() == {"python", "jax", "torch", "transformers"}
+  assert "left out" not in text
+
+
+@with_torch
+def test_another_twin_samples_otherwise(tmp_path, perturbed):
+  twin = by(run("sample", tmp_path)[0], "who")[sampling.TWIN,]
+  assert twin["equal"] < twin["tokens"]
+
+
+@with_torch
+def test_the_twin_trains_the_same(tmp_path):
+  rows = by(run("train", tmp_path)[0], "what", "who")
+  for part in (training.FORWARD, training.GRADIENT, training.STEP):
+    losses = [rows[part, who]["loss"] for who in (training.OURS, training.TWIN)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5), part
+
+
+@with_torch
+def test_another_twin_trains_otherwise(tmp_path, perturbed):
+  rows = by(run("train", tmp_path)[0], "what", "who")
+  losses = [rows[training.FORWARD, who]["loss"] for who in (training.OURS, training.TWIN)]
+  assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+@with_torch
+def test_the_twin_scores_the_same(tmp_path):
+  rows = by(run("logps", tmp_path)[0], "what", "who")
+  assert rows[scoring.SCORES, scoring.TWIN]["largest_difference"] < 1e-4
+  norms = [rows[scoring.GRADIENT, w]["gradient_norm"] for w in (scoring.OURS, scoring.TWIN)]
+  assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@with_torch
+def test_another_twin_scores_otherwise(tmp_path, perturbed):
+  rows = by(run("logps", tmp_path)[0], "what", "who")
+  assert rows[scoring.SCORES, scoring.TWIN]["largest_difference"] > 0.1
+
+
+@with_torch
+def test_weights_of_a_folder(tmp_path):
+  from diffucoder_jax.benchmarking import networks
+
+  (tmp_path / "weights").mkdir()
+  networks.write_random(tmp_path / "weights", networks.config_of("tiny"), "bfloat16", seed=3)
+  found, _ = run("sample", tmp_path, "--ckpt", str(tmp_path / "weights"))
+  assert str(tmp_path / "weights") in found["title"]
+  assert by(found, "who")[sampling.TWIN,]["equal"] == 12
+
+
+@with_torch
+def test_dreams_code(tmp_path):
+  """A stand-in for it: our model file under Dream's names, in Dream's three files."""
+  code = tmp_path / "code"
+  code.mkdir()
+  found, text = run("sample", tmp_path, "--dream", str(code))
+  assert "left out: Dream's own code" in text and "lacks configuration_dream.py" in text
+  assert len(found["rows"]) == 3
+
+  source = export.epath.Path(export.__file__).parent / export.MODEL_FILE
+  ours = source.read_text().replace("DiffuCoderModel", "DreamModel")
+  (code / "configuration_dream.py").write_text(ours.replace("DiffuCoderConfig", "DreamConfig"))
+  (code / "modeling_dream.py").write_text("from .configuration_dream import DreamModel\n")
+  (code / "generation_utils.py").write_text("")
+  found, text = run("sample", tmp_path, "--dream", str(code))
+  dream = by(found, "who")[sampling.DREAM,]
+  assert dream["equal"] == dream["tokens"] and "left out" not in text
+
+
+@pytest.mark.slow
+def test_conversion_in_processes_of_their_own(tmp_path):
+  found, _ = run("convert", tmp_path)
+  there = by(found, "what")[conversion.IN,]
+  assert 0 < there["before_mb"][0] < there["peak_mb"][0]
