@@ -214,8 +214,9 @@ def test_a_mesh_changes_nothing(workdir, ckpt):
   mesh = tiny.sharding.make_mesh(dict(data=2, fsdp=1, tensor=2), jax.devices()[:4])
   spread = pretrained.from_pretrained(workdir, mesh)
   prompts = PROMPTS[:3]  # which two shards do not divide
-  wanted = tokens_and_steps(generate(ckpt, prompts, DRAWN))
-  assert tokens_and_steps(generate(spread, prompts, DRAWN)) == wanted
+  for config in (DRAWN, dataclasses.replace(DRAWN, block_size=4, cache="dual", threshold=0.05)):
+    wanted = tokens_and_steps(generate(ckpt, prompts, config))
+    assert tokens_and_steps(generate(spread, prompts, config)) == wanted
 
 
 # --- The command line.
