@@ -104,16 +104,16 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
     _check_prompt(i, row, ckpt, config)
   keys = process.row_keys(jax.random.key(seed), max(len(rows), 1))
   # Alike lengths go together, so that little is padded; rows with other numbers of masks go apart
-  # where that decides the number of steps.
-  steps = [config.steps or row.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
-  order = sorted(range(len(rows)), key=lambda i: (steps[i], len(rows[i])))
+  # where that decides the number of steps, or the blocks.
+  kinds = [canvas.kind(config, row.count(ckpt.mask_id) + config.max_new_tokens) for row in rows]
+  order = sorted(range(len(rows)), key=lambda i: (kinds[i], len(rows[i])))
   completions = [None] * len(rows)
   while order:
-    chosen = [i for i in order[:batch_size] if steps[i] == steps[order[0]]]
+    chosen = [i for i in order[:batch_size] if kinds[i] == kinds[order[0]]]
     order = order[len(chosen) :]
     # The last batch is filled up, so that it needs no program of its own.
     filled = chosen + chosen[-1:] * (min(batch_size, len(rows)) - len(chosen))
-    now = dataclasses.replace(config, steps=steps[chosen[0]])
+    now = dataclasses.replace(config, steps=kinds[chosen[0]][0])
     trace = _sample(ckpt, [rows[i] for i in filled], keys[np.asarray(filled)], now)
     for j, i in enumerate(chosen):
       completions[i] = _completion(ckpt, rows[i], jax.tree.map(lambda x, j=j: x[j : j + 1], trace))

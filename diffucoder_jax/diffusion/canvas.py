@@ -45,6 +45,17 @@ def put(rows, x_BS, others_BL):
   return jnp.where(rows.written.reshape(*rows.written.shape, *more), found_BL, others_BL)
 
 
+def kind(config, masks):
+  """What rows of one batch must have in common, so that none depends on its neighbours.
+
+  Args:
+    config: `SamplerConfig`. masks: int, of a row in all.
+  Returns:
+    (steps to take, 0 or with blocks `masks`, which the blocks divide).
+  """
+  return config.steps or masks, masks if config.block_size else 0
+
+
 def lay_out(rows, length, new, mask_id):
   """Canvases for `generate`: rows, left-padded to one length, with `new` masks behind each.
 

@@ -104,9 +104,7 @@ def sample(ckpt, rows, config, seed=0, batch_size=8):
   batch_size += -batch_size % shards
   masks = [row.ids.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
   cache.check(config, max(masks))
-  steps = [config.steps or count for count in masks]
-  # Rows of a batch take the same steps; with blocks they have as many of them, too.
-  kinds = [(count, mask if config.block_size else 0) for count, mask in zip(steps, masks, strict=True)]
+  kinds = [canvas.kind(config, count) for count in masks]
   # Alike lengths go together, so that little is padded.
   order = sorted(range(len(rows)), key=lambda i: (kinds[i], len(rows[i].ids)))
   while order:
@@ -114,7 +112,7 @@ def sample(ckpt, rows, config, seed=0, batch_size=8):
     slots = kinds[chosen[0]][1] or max(masks) + -max(masks) % SLOTS_STEP
     order = order[len(chosen) :]
     filled = chosen + chosen[-1:] * (batch_size - len(chosen))
-    now = dataclasses.replace(config, steps=steps[chosen[0]])
+    now = dataclasses.replace(config, steps=kinds[chosen[0]][0])
     began = time.monotonic()
     cached = is_cached(ckpt.config, now, max(masks[i] for i in chosen))
     trace = _batch(ckpt, [rows[i].ids for i in filled], keys[filled], now, slots, cached)

@@ -106,6 +106,27 @@ def test_only_plain_continuations_have_a_cache(folder):
     assert not sampling.is_cached(config, dataclasses.replace(DRAWN, **changes), masks)
 
 
+def test_blocks_do_not_depend_on_the_batch(folder):
+  """Rows with other numbers of holes, in as many steps: of the evaluator and of `generate`."""
+  ckpt = pretrained.from_pretrained(folder("Dream"))
+  config = SamplerConfig(max_new_tokens=4, steps=6, block_size=3, temperature=0.7, top_p=0.9)
+  ids = [[40, *[ckpt.mask_id] * holes, 41, 42] for holes in (0, 5, 2, 8, 5)]
+  rows = [sampling.Row(i, 0, row) for i, row in enumerate(ids)]
+
+  def sampled(batch_size):
+    found = {}
+    for batch in sampling.sample(ckpt, rows, config, 3, batch_size):
+      found |= dict(batch)
+    return [(one.trace.tokens.tolist(), one.trace.step.tolist()) for _, one in sorted(found.items())]
+
+  assert sampled(5) == sampled(1)
+  done = [
+    [(one.tokens.tolist(), one.trace.step.tolist()) for one in generate(ckpt, ids, config, 3, size)]
+    for size in (1, 5)
+  ]
+  assert done[0] == done[1]
+
+
 def run_program(path, own, output, *more):
   evaluate.main(
     evaluate.parse_arguments(
