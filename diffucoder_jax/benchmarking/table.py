@@ -70,10 +70,14 @@ def lines(table, around):
     out.append("  ".join(aligned).rstrip())
   versions = {**around["versions"], **table.versions}
   named = ", ".join(f"{name} {version}" for name, version in versions.items())
+  load = f"load {around['load']:.1f} before it began"
+  busy = (
+    f"THE MACHINE WAS BUSY ({load}): do not compare. OpenMP's threads, PyTorch's, wait for each other "
+    "where XLA's do not, so that it suffers more."
+  )
   return [
-    *out, "", *table.notes,
-    f"{around['machine']}; JAX on {around['devices']}; {named}; {around['date']}, load "
-    f"{around['load']:.1f} at the end",
+    *out, "", *table.notes, *([busy] if around["busy"] else []),
+    f"{around['machine']}; JAX on {around['devices']}; {named}; {around['date']}, {load}",
   ]  # fmt: skip
 
 
