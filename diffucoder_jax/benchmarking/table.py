@@ -72,8 +72,8 @@ def lines(table, around):
   named = ", ".join(f"{name} {version}" for name, version in versions.items())
   load = f"load {around['load']:.1f} before it began"
   busy = (
-    f"THE MACHINE WAS BUSY ({load}): do not compare. OpenMP's threads, PyTorch's, wait for each other "
-    "where XLA's do not, so that it suffers more."
+    f"THE MACHINE WAS BUSY ({load}): seconds are too long, and with several threads PyTorch's more so "
+    "than ours, because OpenMP's threads wait for each other."
   )
   return [
     *out, "", *table.notes, *([busy] if around["busy"] else []),
