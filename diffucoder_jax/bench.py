@@ -63,8 +63,8 @@ def parse_arguments(argv=None):
 def main(argv=None):
   """Runs one benchmark, prints its table and writes it where --output says. Returns the JSON value."""
   args = parse_arguments(argv)
-  found = BENCHES[args.bench].run(args)
   around = timing.surroundings()
+  found = BENCHES[args.bench].run(args)
   text = "\n".join(table.lines(found, around))
   print(text)
   result = table.as_json(found, args.bench, vars(args), around)

@@ -27,7 +27,9 @@ SIZES = {
   "sandbox": "--jobs 4 --workers 1",
   "convert": "--megabytes 1",
 }
-AROUND = {"machine": "M", "devices": "D", "date": "today", "load": 0.5, "versions": {"jax": "1"}}
+AROUND = {
+  "machine": "M", "devices": "D", "date": "today", "load": 0.5, "busy": False, "versions": {"jax": "1"},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -70,10 +70,14 @@ def lines(table, around):
     out.append("  ".join(aligned).rstrip())
   versions = {**around["versions"], **table.versions}
   named = ", ".join(f"{name} {version}" for name, version in versions.items())
+  load = f"load {around['load']:.1f} before it began"
+  busy = (
+    f"THE MACHINE WAS BUSY ({load}): seconds are too long, and with several threads PyTorch's more so "
+    "than ours, because OpenMP's threads wait for each other."
+  )
   return [
-    *out, "", *table.notes,
-    f"{around['machine']}; JAX on {around['devices']}; {named}; {around['date']}, load "
-    f"{around['load']:.1f} at the end",
+    *out, "", *table.notes, *([busy] if around["busy"] else []),
+    f"{around['machine']}; JAX on {around['devices']}; {named}; {around['date']}, {load}",
   ]  # fmt: skip
 
 

@@ -79,16 +79,18 @@ def processor():
 
 
 def surroundings():
-  """What a number must be read with: {"machine", "devices", "date", "load", "versions"}, JSON values.
+  """What a number must be read with: {"machine", "devices", "date", "load", "busy", "versions"}.
 
-  `load` is the mean number of waiting processes of the last minute, this one's among them.
+  Call it before anything is timed: `load` is the mean number of processes that ran or waited in the
+  last minute, and `busy` whether these were others that will take part of this machine.
   """
-  device = jax.devices()[0]
+  device, load = jax.devices()[0], os.getloadavg()[0]
   return {
     "machine": f"{cores()} cores of {processor()}, {platform.system()} {platform.release()}",
     "devices": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
     "date": time.strftime("%Y-%m-%d %H:%M"),
-    "load": os.getloadavg()[0],
+    "load": load,
+    "busy": load > cores() / 4,
     "versions": {"python": platform.python_version(), "jax": jax.__version__},
   }
 
