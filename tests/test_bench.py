@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from absl import logging
 
 from diffucoder_jax import bench
 from diffucoder_jax.benchmarking import (
@@ -46,7 +47,9 @@ def alone(monkeypatch):
 def run(name, folder, *more):
   """Runs a small benchmark once; returns (its JSON file's value, its text file's)."""
   arguments = [name, "--repeats", "1", "--output", str(folder), *SIZES[name].split(), *more]
+  level = logging.get_absl_logger().level
   returned = bench.main(arguments)
+  assert logging.get_absl_logger().level == level  # it leaves everything as it was
   found = json.loads((folder / f"{name}.json").read_text())
   assert found == json.loads(json.dumps(returned))
   assert found["bench"] == name and found["arguments"]["repeats"] == 1

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from diffucoder_jax import convert
 from diffucoder_jax.benchmarking import networks, table, timing
@@ -104,9 +103,9 @@ def apart(source, target):
 
 def _convert(source, target):
   jax.config.update("jax_platforms", "cpu")  # as `convert` does
-  logging.set_verbosity(logging.ERROR)  # random weights have no tokenizer
   before, start = _megabytes("VmRSS"), time.perf_counter()
-  convert.convert(source, target)
+  with networks.quietly():  # random weights have no tokenizer
+    convert.convert(source, target)
   return time.perf_counter() - start, before, _megabytes("VmHWM")
 
 

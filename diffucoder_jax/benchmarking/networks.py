@@ -1,5 +1,6 @@
 """The network that is timed: real weights, or random ones in a folder that both sides load."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -103,12 +104,24 @@ def write(folder, args):
 
 def open_ours(folder):
   """`Pretrained` of a folder, float32 all through."""
-  logging.set_verbosity(logging.ERROR)  # that there is no tokenizer, which nothing here asks for
-  ckpt = pretrained.from_pretrained(folder, param_dtype="float32")
+  with quietly():  # there is no tokenizer, and nothing here asks for one
+    ckpt = pretrained.from_pretrained(folder, param_dtype="float32")
   if ckpt.mask_id < 0:
     raise ValueError(f"{folder} names no mask token (mask_token_id in config.json)")
   config = dataclasses.replace(ckpt.config, dtype="float32", remat="none")
   return dataclasses.replace(ckpt, config=config)
+
+
+@contextlib.contextmanager
+def quietly():
+  """Without warnings of ours."""
+  logger = logging.get_absl_logger()
+  before = logger.level  # setting absl's verbosity back would leave another one than there was
+  logger.setLevel("ERROR")
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 def size_of(config):
