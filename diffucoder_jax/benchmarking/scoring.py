@@ -78,11 +78,7 @@ def compare(ckpt, twin, tokens_BL, passes, repeats, matmul_size):
   ours, compile_seconds, megabytes = our_tasks(ckpt, tokens_BL, passes)
   theirs = {} if twin is None else torch_tasks(twin, tokens_BL, passes)
   multiply, flops = timing.matmul(matmul_size)
-  tasks = {}
-  for part in ours:
-    tasks[part, OURS] = ours[part]
-    if theirs:
-      tasks[part, TWIN] = theirs[part]
+  tasks = timing.side_by_side({OURS: ours, TWIN: theirs})
   seconds, results = timing.interleave({**tasks, FLOOR: multiply}, repeats)
 
   batch, length = tokens_BL.shape

@@ -34,6 +34,16 @@ def interleave(tasks, repeats):
   return seconds, results
 
 
+def side_by_side(sides):
+  """{(part, side): task} of {side: {part: task}}, the sides of one part next to each other.
+
+  A side that is absent has no parts."""
+  parts = dict.fromkeys(part for tasks in sides.values() for part in tasks)
+  return {
+    (part, side): tasks[part] for part in parts for side, tasks in sides.items() if part in tasks
+  }
+
+
 def ratios(theirs, ours):
   """Their seconds over ours, turn by turn: a slow phase of the machine then cancels."""
   return [a / b for a, b in zip(theirs, ours, strict=True)]

@@ -70,11 +70,7 @@ def compare(folder, twin, shape, repeats, matmul_size, seed=0):
   ours, noised, compile_seconds = our_tasks(folder, ckpt, tokens_BL, repeats + 1, seed)
   theirs = {} if twin is None else torch_tasks(twin, tokens_BL, noised)
   multiply, flops = timing.matmul(matmul_size)
-  tasks = {}
-  for part in ours:
-    tasks[part, OURS] = ours[part]
-    if theirs:
-      tasks[part, TWIN] = theirs[part]
+  tasks = timing.side_by_side({OURS: ours, TWIN: theirs})
   losses = {key: [] for key in tasks}
   recorded = {key: functools.partial(_record, task, losses[key]) for key, task in tasks.items()}
   seconds, _ = timing.interleave({**recorded, FLOOR: multiply}, repeats)

@@ -23,8 +23,8 @@ def can_write(config, masks):
   """
   one_a_step = config.steps == 0 or config.steps >= masks
   in_order = config.alg == ALG and config.alg_temp == 0
-  known = not config.alternatives  # the traces of these have none
-  return in_order and one_a_step and known and 0 < masks == config.max_new_tokens
+  plain = not (config.in_parallel or config.block_size or config.alternatives)
+  return in_order and one_a_step and plain and 0 < masks == config.max_new_tokens
 
 
 def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):

@@ -101,7 +101,8 @@ def test_only_plain_continuations_have_a_cache(folder):
   for config, changes, masks in (
     (diffusion, {}, NEW), (ckpt.config, {"alg": "entropy"}, NEW), (ckpt.config, {}, NEW + 1),
     (ckpt.config, {"steps": NEW - 1}, NEW), (ckpt.config, {"max_new_tokens": 0}, 3),
-    (ckpt.config, {"alg_temp": 0.1}, NEW),
+    (ckpt.config, {"alg_temp": 0.1}, NEW), (ckpt.config, {"threshold": 0.9}, NEW),
+    (ckpt.config, {"entropy_bound": 0.1}, NEW), (ckpt.config, {"block_size": 4}, NEW),
   ):  # fmt: skip
     assert not sampling.is_cached(config, dataclasses.replace(DRAWN, **changes), masks)
 
