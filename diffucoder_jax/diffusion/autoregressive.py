@@ -65,7 +65,7 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
       uniform_B1 = None
       if c.temperature > 0:
         keys_B1 = unmasking.noise_keys(
-          keys, step, jnp.take_along_axis(logical_BL, index_B1, axis=1)
+          keys, jnp.broadcast_to(step, len(canvas)), jnp.take_along_axis(logical_BL, index_B1, axis=1)
         )
         uniform_B1 = unmasking.draw(jax.random.uniform, keys_B1, unmasking.TOKEN)
       filtered_B1V = remasking.filter_logits(logits_B1V, c.temperature, c.top_p, c.top_k)

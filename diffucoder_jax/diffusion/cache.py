@@ -58,8 +58,7 @@ def refreshes(config, steps):
   """
   possible_T = np.ones(steps, bool)
   if config.alg not in ("origin", "left_to_right") and not config.in_parallel:
-    with jax.ensure_compile_time_eval():
-      ratios_T = np.asarray(remasking.commit_ratios(steps, config.eps, config.schedule))
+    ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
     left = np.float32(config.block_size)
     for step in range(steps - 1):
       count = np.trunc(left * ratios_T[step])

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffucoder_jax.diffusion.pace import Pace
+
 
 @flax.struct.dataclass
 class Rows:
@@ -13,6 +15,7 @@ class Rows:
   canvas: jax.Array  # int32 [B, L]
   valid: jax.Array  # bool [B, L]
   keys: jax.Array  # [B]
+  pace: Pace
   index: jax.Array  # int32 [B, S], the places, in their order; where a row has fewer, any others
   generated: jax.Array  # bool [B, S], False at those others
   rank: jax.Array  # int32 [B, L], which of the S a place is, where `written`
@@ -20,7 +23,7 @@ class Rows:
   logical: jax.Array  # int32 [B, S], each place's number among the row's real tokens
 
 
-def rows_of(canvas, valid, keys, mask_id, slots):
+def rows_of(canvas, valid, keys, pace, mask_id, slots):
   """`Rows` of a canvas with S = `slots`, which may be more than its L places."""
   written_BL = (canvas == mask_id) & valid
   logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
@@ -35,7 +38,7 @@ def rows_of(canvas, valid, keys, mask_id, slots):
     rank_BL = jnp.clip(jnp.cumsum(written_BL, axis=1) - 1, 0, slots - 1)
     generated_BS = jnp.arange(slots)[None, :] < jnp.sum(written_BL, axis=1, keepdims=True)
     logical_BS = jnp.take_along_axis(logical_BL, index_BS, axis=1)
-  return Rows(canvas, valid, keys, index_BS, generated_BS, rank_BL, written_BL, logical_BS)
+  return Rows(canvas, valid, keys, pace, index_BS, generated_BS, rank_BL, written_BL, logical_BS)
 
 
 def put(rows, x_BS, others_BL):
@@ -43,17 +46,6 @@ def put(rows, x_BS, others_BL):
   more = (1,) * (x_BS.ndim - 2)
   found_BL = jnp.take_along_axis(x_BS, rows.rank.reshape(*rows.rank.shape, *more), axis=1)
   return jnp.where(rows.written.reshape(*rows.written.shape, *more), found_BL, others_BL)
-
-
-def kind(config, masks):
-  """What rows of one batch must have in common, so that none depends on its neighbours.
-
-  Args:
-    config: `SamplerConfig`. masks: int, of a row in all.
-  Returns:
-    (steps to take, 0 or with blocks `masks`, which the blocks divide).
-  """
-  return config.steps or masks, masks if config.block_size else 0
 
 
 def lay_out(rows, length, new, mask_id):

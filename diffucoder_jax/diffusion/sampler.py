@@ -19,6 +19,7 @@ from etils import epath
 
 from diffucoder_jax.diffusion import cache, process, remasking, unmasking
 from diffucoder_jax.diffusion import canvas as canvases
+from diffucoder_jax.diffusion.pace import even_pace
 
 TRACE_VERSION = 1
 
@@ -152,8 +153,9 @@ def load_trace(path):
 
 
 def generate(
-  logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None, batch_sizes=()
-):
+  logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=(), slots=None, pace=None,
+  batch_sizes=(),
+):  # fmt: skip
   """Denoises a canvas.
 
   Args:
@@ -165,17 +167,18 @@ def generate(
     keys: typed PRNG keys [B], one per row: same row and key, same tokens, whatever the batch. Read
       only when something is drawn.
     config: `SamplerConfig`.
-    mask_id, eos_id: ids; `eos_id` is read by `stop_at_eos`.
+    mask_id: int. end_ids: those that end a row, with `stop_at_eos`.
     slots: S, no row may have more masks to be written; the others' logits are not wanted, which is
-      most of the work and of the memory where the vocabulary is large. None: L. Blocks share the
-      steps by it, so there it should be what the rows have.
+      most of the work and of the memory where the vocabulary is large. None: L.
+    pace: `pace.Pace` of the rows. None: all take `config.steps`, 0: as many as new tokens, which
+      blocks share as if all had `slots` masks.
     batch_sizes: numbers of rows, less than B: when so few rows are left to be written, only those
       go through the network. Changes no token but through rounding; each size is another copy of
       the network to compile. Every one must be a multiple of the mesh's batch shards.
   Returns:
     `Trace`.
   """
-  if config.stop_at_eos and eos_id < 0:
+  if config.stop_at_eos and not end_ids:
     raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
   cached = config.cache != "none"
   if cached and batch_sizes:
@@ -183,8 +186,10 @@ def generate(
   length = canvas.shape[1]
   some = config.block_size > 0 or (slots is not None and slots < length)
   slots = config.max_new_tokens if cached else min(length, length if slots is None else slots)
-  plan = _make_plan(config, slots, mask_id, eos_id)
-  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, mask_id, plan.slots)
+  plan = _make_plan(config, slots, mask_id, tuple(end_ids))
+  pace = even_pace(config, slots, len(canvas)) if pace is None else pace
+  pace = jax.tree.map(jnp.asarray, pace)
+  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, pace, mask_id, plan.slots)
 
   def look(rows, canvas_BL, block, step, kept):
     """(logits_BWV of a block, what is kept for the next step)."""
@@ -217,16 +222,14 @@ def generate(
 
 
 class _Plan(NamedTuple):
-  """How rows are gone through: `blocks` of `width` positions, `steps` each."""
+  """How rows are gone through: `blocks` of `width` positions."""
 
   config: SamplerConfig
   mask_id: int
-  eos_id: int
+  end_ids: tuple[int, ...]
   width: int
   blocks: int
-  steps: int
-  ratios: jax.Array  # float32 [steps], `remasking.commit_ratios`
-  refreshes: jax.Array | None  # bool [steps], `cache.refreshes`
+  refreshes: jax.Array | None  # bool [steps of a block], `cache.refreshes`
 
   @property
   def slots(self):
@@ -248,20 +251,19 @@ class _Plan(NamedTuple):
     """Rows that still have to write something in a block, bool [B]; with `stop_at_eos`, before an end."""
     masked_BS = (trace.tokens == self.mask_id) & rows.generated
     if self.config.stop_at_eos:
-      masked_BS &= jnp.cumsum((trace.tokens == self.eos_id) & rows.generated, axis=1) == 0
+      is_end_BS = jnp.isin(trace.tokens, jnp.asarray(self.end_ids)) & rows.generated
+      masked_BS &= jnp.cumsum(is_end_BS, axis=1) == 0
     return jnp.any(self.of_block(masked_BS, block), axis=1)
 
 
-def _make_plan(config, slots, mask_id, eos_id):
-  steps = config.steps or config.max_new_tokens
-  if steps < 1:
-    raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
+def _make_plan(config, slots, mask_id, end_ids):
   width = config.block_size or slots
   blocks = -(-slots // width)
-  steps = -(-steps // blocks)
-  ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
-  refreshes_T = None if config.cache == "none" else jnp.asarray(cache.refreshes(config, steps))
-  return _Plan(config, mask_id, eos_id, width, blocks, steps, ratios_T, refreshes_T)
+  refreshes_T = None
+  if config.cache != "none":  # all rows have as many masks
+    steps = -(-(config.steps or config.max_new_tokens) // blocks)
+    refreshes_T = jnp.asarray(cache.refreshes(config, steps))
+  return _Plan(config, mask_id, end_ids, width, blocks, refreshes_T)
 
 
 def _denoise(plan, evaluate, look, sizes, rows, block, state):
@@ -290,7 +292,8 @@ def _denoise(plan, evaluate, look, sizes, rows, block, state):
     tokens_BW = plan.of_block(state[0].tokens, block)
     masked_BW = (tokens_BW == plan.mask_id) & plan.of_block(rows.generated, block)
     left_B = jnp.sum(masked_BW, axis=1)
-    count_B = remasking.commit_count(c.alg, left_B, step, plan.steps, plan.ratios)
+    pace = rows.pace
+    count_B = remasking.commit_count(c.alg, left_B, step, pace.steps, pace.ratio(step))
     if c.in_parallel:
       count_B = jnp.maximum(count_B, 1)
     active_B = plan.wanted(rows, state[0], block) & ((count_B > 0) | (c.alg == "origin"))
@@ -300,7 +303,7 @@ def _denoise(plan, evaluate, look, sizes, rows, block, state):
 
   def unfinished(carry):
     step, (trace, _, _) = carry
-    return (step < plan.steps) & jnp.any(plan.wanted(rows, trace, block))
+    return (step < rows.pace.ratios.shape[1]) & jnp.any(plan.wanted(rows, trace, block))
 
   trace, memory, kept = state
   if c.kl_bound:
@@ -318,16 +321,17 @@ def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
   logits_BWV, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
   index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
   masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
-  number = block * plan.steps + step  # of all blocks
+  pace = rows.pace
+  number_B = block * pace.steps + step  # of all blocks
   keys_BW = None
   if unmasking.draws(c):
-    keys_BW = unmasking.noise_keys(rows.keys, number, plan.of_block(rows.logical, block))
-  chance = jnp.where(step == plan.steps - 1, 1.0, plan.ratios[step])
+    keys_BW = unmasking.noise_keys(rows.keys, number_B, plan.of_block(rows.logical, block))
+  chance_B = jnp.where(step >= pace.steps - 1, 1.0, pace.ratio(step))
   choice, memory = unmasking.choose(
-    logits_BWV, masked_BW & active_B[:, None], count_B, chance, keys_BW, index_BW, c, plan.mask_id,
+    logits_BWV, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, index_BW, c, plan.mask_id,
     memory,
   )  # fmt: skip
-  found = {"tokens": choice.tokens, "step": number, "confidence": choice.confidence,
+  found = {"tokens": choice.tokens, "step": number_B[:, None], "confidence": choice.confidence,
            "entropy": choice.entropy}  # fmt: skip
   if c.alternatives:
     found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)

@@ -13,17 +13,17 @@ TOKEN, POSITION = 0, 1  # what a number is drawn for
 STABLE_EVALUATIONS = 2  # as in KLASS: so many changes in a row have to be small
 
 
-def noise_keys(row_keys_B, step, logical_BL):
+def noise_keys(row_keys_B, step_B, logical_BL):
   """One key per position, from (row key, step, position among the row's real tokens).
 
   Padding and neighbours are not in it, so they cannot change what a row draws.
   """
 
-  def row(key, logical_L):
+  def row(key, step, logical_L):
     key = jax.random.fold_in(key, step)
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(logical_L)
 
-  return jax.vmap(row)(row_keys_B, logical_BL)
+  return jax.vmap(row)(row_keys_B, step_B, logical_BL)
 
 
 def draw(distribution, keys_BL, purpose):
@@ -56,14 +56,14 @@ class Choice:
   probs: jax.Array  # float32 [B, S, V], the filtered distribution
 
 
-def choose(logits_BSV, masked_BS, count_B, chance, keys_BS, index_BS, config, mask_id, memory=None):
+def choose(logits_BSV, masked_BS, count_B, chance_B, keys_BS, index_BS, config, mask_id, memory=None):
   """Chooses tokens and positions.
 
   Args:
     logits_BSV: target-aligned, any float dtype.
     masked_BS: bool, positions that may be written.
     count_B: int32, positions that the schedule commits.
-    chance: float32 scalar; "origin" commits each position with it instead.
+    chance_B: float32; "origin" commits each position with it instead.
     keys_BS: `noise_keys`; None when nothing is drawn (`draws`).
     index_BS: int32, places on the canvas.
     config: `SamplerConfig`. mask_id: int, never written. memory: `Memory`, with `kl_bound`.
@@ -82,7 +82,7 @@ def choose(logits_BSV, masked_BS, count_B, chance, keys_BS, index_BS, config, ma
     entropy_BS = -remasking.negative_entropy(probs_BSV)
   with jax.named_scope("choose_positions"):
     if c.alg == "origin":  # each position on its own, so the number committed varies
-      chosen_BS = masked_BS & (draw(jax.random.uniform, keys_BS, POSITION) < chance)
+      chosen_BS = masked_BS & (draw(jax.random.uniform, keys_BS, POSITION) < chance_B[:, None])
     elif c.alg_temp > 0:
       gumbel_BS = draw(jax.random.gumbel, keys_BS, POSITION)
       scores_BS = confidence_BS / c.alg_temp

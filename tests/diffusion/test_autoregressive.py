@@ -57,7 +57,7 @@ def cached(model_config, config, params, canvas, valid, keys):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def uncached(model_config, config, params, canvas, valid, keys):
   logits_fn = canvas_logits_fn(Transformer(model_config), params)
-  return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS)
+  return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, end_ids=(EOS,))
 
 
 def assert_same(trace, wanted):

@@ -68,7 +68,7 @@ def test_schedules(shared):
     left, got = np.asarray([case["new_tokens"]]), []
     ratios_T = remasking.commit_ratios(case["steps"], case["eps"])
     for step in range(case["steps"]):
-      count = remasking.commit_count("entropy", jnp.asarray(left), step, case["steps"], ratios_T)
+      count = remasking.commit_count("entropy", jnp.asarray(left), step, case["steps"], ratios_T[step])
       left = left - np.asarray(count)
       got.append(int(count[0]))
     assert got == case["transfers"], (case["new_tokens"], case["steps"], case["eps"])

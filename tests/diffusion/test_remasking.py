@@ -64,7 +64,7 @@ def test_confidences_are_their_definitions():
 def test_ten_masks_in_four_steps(alg, counts):
   left, got, ratios_T = jnp.asarray([10]), [], remasking.commit_ratios(4, 1e-3)
   for step in range(4):
-    got.append(int(remasking.commit_count(alg, left, step, 4, ratios_T)[0]))
+    got.append(int(remasking.commit_count(alg, left, step, 4, ratios_T[step])[0]))
     left -= got[-1]
   assert got == counts
 
@@ -131,7 +131,7 @@ def test_every_schedule_commits_everything(schedule):
     ratios_T, counts = remasking.commit_ratios(steps, 1e-3, schedule), []
     for step in range(steps):
       count = remasking.commit_count(
-        "entropy", jnp.asarray([left - sum(counts)]), step, steps, ratios_T
+        "entropy", jnp.asarray([left - sum(counts)]), step, steps, ratios_T[step]
       )
       counts.append(int(count[0]))
     assert sum(counts) == left and min(counts) >= 0, (steps, left)

@@ -44,7 +44,7 @@ def sample(params, canvas, valid, keys, config, bias=0.0, slots=None, batch_size
     return unembed(params, features).at[..., EOS].add(bias)
 
   return sampler.generate(
-    logits_fn, canvas, valid, keys, config, mask_id=MASK, eos_id=EOS, slots=slots,
+    logits_fn, canvas, valid, keys, config, mask_id=MASK, end_ids=(EOS,), slots=slots,
     batch_sizes=batch_sizes,
   )  # fmt: skip
 
@@ -206,7 +206,7 @@ def test_stop_at_eos_waits_for_all_before_it_and_reads_no_prompt():
     alg="maskgit_plus", steps=50, max_new_tokens=5, temperature=0.0, top_p=1.0, stop_at_eos=True
   )
   keys = sampler.row_keys(0, 2)
-  trace = sampler.generate(logits_fn, canvas, canvas >= 0, keys, config, mask_id=MASK, eos_id=EOS)
+  trace = sampler.generate(logits_fn, canvas, canvas >= 0, keys, config, mask_id=MASK, end_ids=(EOS,))
   assert trace.tokens.tolist() == [[2, 4, 4, EOS, MASK, MASK], [EOS, 4, 4, 4, 4, 4]]
   assert trace.nfe.tolist() == [3, 4]  # 1, 1, 1 and then 2 tokens are due
 

@@ -371,7 +371,7 @@ def test_schedule_is_that_of_our_sampler(model):
     left = (rows == mask_id).sum(1).numpy() + 3
     ratios = remasking.commit_ratios(steps, eps)
     for step in range(steps):
-      left = left - np.asarray(remasking.commit_count("entropy", left, step, steps, ratios))
+      left = left - np.asarray(remasking.commit_count("entropy", left, step, steps, ratios[step]))
       np.testing.assert_array_equal((history[step] == mask_id).sum(1).numpy(), left)
 
 
