@@ -138,7 +138,9 @@ def _open(constraints, place_P, places, vocab_size, mask_id):
   logits_BPV = jnp.zeros((1, len(place_P), vocab_size))
   written_BP = jnp.full((1, places), mask_id)
   rules = Rules(constraints, place_P[None], written_BP, jnp.zeros(1, jnp.int32), mask_id)
-  return (rules.on_logits(logits_BPV)[0] > NEVER)[0] & (jnp.arange(vocab_size) != mask_id)[None]
+  logits_BPV, possible_BP = rules.on_logits(logits_BPV)
+  open_PV = (logits_BPV[0] > NEVER) & possible_BP[0, :, None]
+  return open_PV & (jnp.arange(vocab_size) != mask_id)[None]
 
 
 def with_forced(forced, place_BS, count_B, tokens_BS):
