@@ -36,6 +36,7 @@ def base():
     max_prompt_tokens=512,  # recipe: 200, and longer ones are cut, which loses their beginning
     system="You are a helpful assistant.",
     primer="",
+    batch_size=0,  # answers sampled together; 0: all of a round
   )
   c.sampler = config_dict.create(
     alg="entropy",

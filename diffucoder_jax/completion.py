@@ -1,25 +1,17 @@
-"""Prompts to text: lays out canvases, samples them in batches, cuts the result at the end token."""
+"""Prompts to text: token ids in, sampled in batches, the result cut at the end token."""
 
 import dataclasses
-import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import autoregressive, cache, canvas, process
+from diffucoder_jax.diffusion import cache, process, queue
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import windows
-from diffucoder_jax.model.transformer import Transformer, next_logits_fn
-from diffucoder_jax.runtime import sharding
 
-# Canvases are padded to a multiple of this, so that prompts of similar length share one program.
-LENGTH_STEP = 32
-# So are the masks of a row, of which only those need logits.
-SLOTS_STEP = 8
 HOLE = re.compile(r"<\|fill:(\d+)\|>")
 
 
@@ -103,20 +95,15 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
   for i, row in enumerate(rows):
     _check_prompt(i, row, ckpt, config)
   keys = process.row_keys(jax.random.key(seed), max(len(rows), 1))
-  # Alike lengths go together, so that little is padded; rows with other numbers of masks go apart
-  # where that decides the number of steps, or the blocks.
-  kinds = [canvas.kind(config, row.count(ckpt.mask_id) + config.max_new_tokens) for row in rows]
-  order = sorted(range(len(rows)), key=lambda i: (kinds[i], len(rows[i])))
+  batches = queue.write(
+    windows.network(ckpt.config), ckpt.params, rows, np.asarray(jax.random.key_data(keys)), config,
+    mask_id=ckpt.mask_id, end_ids=_end_ids(ckpt), mesh=ckpt.mesh, batch_size=batch_size,
+    limit=ckpt.config.max_seq_len,
+  )  # fmt: skip
   completions = [None] * len(rows)
-  while order:
-    chosen = [i for i in order[:batch_size] if kinds[i] == kinds[order[0]]]
-    order = order[len(chosen) :]
-    # The last batch is filled up, so that it needs no program of its own.
-    filled = chosen + chosen[-1:] * (min(batch_size, len(rows)) - len(chosen))
-    now = dataclasses.replace(config, steps=kinds[chosen[0]][0])
-    trace = _sample(ckpt, [rows[i] for i in filled], keys[np.asarray(filled)], now)
-    for j, i in enumerate(chosen):
-      completions[i] = _completion(ckpt, rows[i], jax.tree.map(lambda x, j=j: x[j : j + 1], trace))
+  for batch in batches:
+    for b, i in enumerate(batch.indices):
+      completions[i] = _completion(ckpt, rows[i], queue.unpadded(batch.trace, b))
   return completions
 
 
@@ -139,63 +126,20 @@ def _check_prompt(i, row, ckpt, config):
   cache.check(config, row.count(ckpt.mask_id) + config.max_new_tokens)
 
 
-def _sample(ckpt, rows, keys, config):
-  """Runs one batch: left-pads the rows to one length and samples. Returns a host `Trace`."""
-  length = max(len(row) for row in rows) + config.max_new_tokens
-  length += -length % LENGTH_STEP
-  shards = 1 if ckpt.mesh is None else sharding.batch_shards(ckpt.mesh)
-  fill = -len(rows) % shards  # rows that the mesh needs and nobody sees
-  rows = rows + rows[-1:] * fill
-  keys = jnp.concatenate([keys, *[keys[-1:]] * fill])
-  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
-  slots = int(np.max(np.sum((canvas_BL == ckpt.mask_id) & valid_BL, axis=1)))
-  causal = ckpt.config.attention == "causal"
-  run = _run_cached if causal and autoregressive.can_write(config, slots) else _run
-  slots += 0 if config.block_size else -slots % SLOTS_STEP  # blocks share the steps of all places
-  run = functools.partial(run, ckpt.config, config, ckpt.mask_id, ckpt.eos_id, slots)
-  if ckpt.mesh is None:
-    trace = run(ckpt.params, canvas_BL, valid_BL, keys)
-  else:
-    with jax.set_mesh(ckpt.mesh):
-      by_row = sharding.batch_sharding(ckpt.mesh)
-      trace = run(ckpt.params, *(jax.device_put(x, by_row) for x in (canvas_BL, valid_BL, keys)))
-  return jax.device_get(trace)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B):
-  window = cache.WINDOWS.get(sampler_config.cache)
-  logits_fn = windows.logits_fn(
-    Transformer(model_config), params, sampler_config.block_size, window
-  )
-  return sampler_lib.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
-    mask_id=mask_id, eos_id=eos_id, slots=slots,
-  )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run_cached(
-  model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B
-):
-  del slots  # as many as new tokens
-  logits_fn = next_logits_fn(Transformer(model_config), params, valid_BL)
-  return autoregressive.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
-    mask_id=mask_id, end_ids=(eos_id,) if eos_id >= 0 else (),
-  )  # fmt: skip
+def _end_ids(ckpt):
+  """The ids at which a text ends, ascending."""
+  ends = {ckpt.eos_id, ckpt.pad_id}
+  if ckpt.tokenizer is not None:
+    # Instruction tuning ends answers with these pads, which in a SentencePiece file are not pad_id.
+    ends |= {ckpt.tokenizer.end_of_turn_id, ckpt.tokenizer.special_ids.get(chat.PAD, -1)}
+  return tuple(sorted(ends - {-1}))
 
 
 def _completion(ckpt, prompt, trace):
-  valid_L = trace.valid[0]
-  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim > 1 else x, trace)
   tokens_L = trace.tokens[0]
   given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
   hole_L = given == ckpt.mask_id
-  stop = {ckpt.eos_id, ckpt.pad_id} - {-1}
-  if ckpt.tokenizer is not None:
-    # Instruction tuning ends answers with these pads, which in a SentencePiece file are not pad_id.
-    stop |= {ckpt.tokenizer.end_of_turn_id, ckpt.tokenizer.special_ids.get(chat.PAD, -1)} - {-1}
+  stop = _end_ids(ckpt)
   texts, full, length, ended = [], [], 0, False
   for first, last, is_hole in _runs(hole_L):
     ids = [int(token) for token in tokens_L[first:last]]

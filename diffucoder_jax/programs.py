@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax import completion, pretrained, train, train_grpo
+from diffucoder_jax import pretrained, train, train_grpo
 from diffucoder_jax.data import batching
+from diffucoder_jax.diffusion import pace, queue
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
 from diffucoder_jax.hf import load
-from diffucoder_jax.model import blockwise, cost, transformer
+from diffucoder_jax.model import blockwise, cost, transformer, windows
 from diffucoder_jax.model.config import ModelConfig, preset
 from diffucoder_jax.runtime import hlo, optim, sharding
 
@@ -168,32 +169,40 @@ def _sampling_work(model_config, rows, length, config, slots):
 def prepare_rollout(config, mesh, options):
   """The sampler's program of a round, with the longest prompts that are allowed."""
   rounds = _rounds(config, mesh, options)
-  new, rows, length = rounds.sampler.max_new_tokens, rounds.rows, rounds.length
-  args = (
-    rounds.model, rounds.sampler, MASK, END_OF_TURN, load.abstract_params(rounds.model.config, mesh),
-    _by_row(mesh, jnp.int32, rows, length), _by_row(mesh, bool, rows, length), _key(),
-    _by_row(mesh, jnp.int32, rows),
+  rows = min(rounds.batch_size, rounds.rows)
+  args = _written(rounds.model.config, rounds.sampler, END_OF_TURN, rows, rounds.length, mesh)
+  work = _sampling_work(
+    rounds.model.config, rows, rounds.length, rounds.sampler, rounds.sampler.max_new_tokens
+  )
+  hints = _hints(rounds.length, 1, 1)
+  return Prepared(queue.write_any_order, args, work, rows, rounds.length, 1, False, hints)
+
+
+def _written(model_config, sampler, end_id, rows, length, mesh):
+  """Arguments of `queue.write_any_order`, for rows without holes."""
+  sizes = queue.batch_sizes_of(sampler, rows, sharding.batch_shards(mesh))
+  new = sampler.max_new_tokens
+  slots = new if sampler.cache != "none" else queue.bucket(new, 8)
+  steps = pace.pace_of(sampler, [new], slots).ratios.shape[1]
+  return (
+    windows.network(model_config)[0], sampler, queue.Fixed(MASK, (end_id,), slots, sizes),
+    load.abstract_params(model_config, mesh), _by_row(mesh, jnp.int32, rows, length),
+    _by_row(mesh, bool, rows, length),
+    pace.Pace(_by_row(mesh, jnp.int32, rows), _by_row(mesh, jnp.float32, rows, steps)),
+    _by_row(mesh, jnp.uint32, rows, 2),
   )  # fmt: skip
-  work = _sampling_work(rounds.model.config, rows, length, rounds.sampler, new)
-  hints = _hints(length, 1, 1)
-  return Prepared(rollout._sample, args, work, rows, length, 1, False, hints)
 
 
 def prepare_generate(config, mesh, options):
   """The sampler's program of `completion.generate`, with `options.batch` prompts."""
   sampler = SamplerConfig(**config.sampler) if "sampler" in config else SamplerConfig()
-  sampler = dataclasses.replace(sampler, steps=sampler.steps or sampler.max_new_tokens)
   model_config = network(config, options.model)
   shards = sharding.batch_shards(mesh)
   rows = options.batch + -options.batch % shards
   length = options.prompt_tokens + sampler.max_new_tokens
-  args = (
-    model_config, sampler, MASK, END_OF_TEXT, sampler.max_new_tokens,
-    load.abstract_params(model_config, mesh), _by_row(mesh, jnp.int32, rows, length),
-    _by_row(mesh, bool, rows, length), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
-  )  # fmt: skip
+  args = _written(model_config, sampler, END_OF_TEXT, rows, length, mesh)
   work = _sampling_work(model_config, rows, length, sampler, sampler.max_new_tokens)
-  return Prepared(completion._run, args, work, rows, length, 1, False, _hints(length, 1, 1))
+  return Prepared(queue.write_any_order, args, work, rows, length, 1, False, _hints(length, 1, 1))
 
 
 PROGRAMS = {

@@ -10,10 +10,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from diffucoder_jax import pretrained, train, train_grpo
+from diffucoder_jax import pretrained, programs, train, train_grpo
 from diffucoder_jax.diffusion import sampler
 from diffucoder_jax.execution import sandbox
-from diffucoder_jax.grpo import diagnostics, masks, rewards, rollout, rounds
+from diffucoder_jax.grpo import diagnostics, masks, rewards, rounds
 from diffucoder_jax.grpo import objective as grpo_objective
 from diffucoder_jax.hf import load
 from diffucoder_jax.model.config import ModelConfig, preset
@@ -110,17 +110,8 @@ def test_the_full_size_update_and_rollout_lower():
       c.optim.accumulate,
     )  # fmt: skip
     lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.int32(0), jax.random.key(1))
-    rows = rounds_.rows
-    canvas, valid, ids = (
-      jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-      for shape, dtype in (
-        ((rows, rounds_.length), jnp.int32), ((rows, rounds_.length), bool), ((rows,), jnp.int32)
-      )
-    )  # fmt: skip
-    sampled = rollout._sample.lower(
-      rounds_.model, rounds_.sampler, 151666, 151645, state.params, canvas, valid,
-      jax.random.key(2), ids,
-    )  # fmt: skip
+    prepared = programs.prepare_rollout(c, mesh, SimpleNamespace(model="qwen2.5-coder-7b"))
+    sampled = prepared.fn.lower(*prepared.args)
   after, metrics = lowered.out_info
   assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
   assert metrics["loss"].shape == () and sampled.out_info.tokens.shape == (80, 512 + 256)

@@ -24,11 +24,11 @@ class Rows:
 
 
 def rows_of(canvas, valid, keys, pace, mask_id, slots):
-  """`Rows` of a canvas with S = `slots`, which may be more than its L places."""
+  """`Rows` of a canvas with S = `slots`, which may be more than its L places; None: all places."""
   written_BL = (canvas == mask_id) & valid
   logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
   length = canvas.shape[1]
-  if slots == length:  # the loop knows all places, in their order
+  if slots is None:
     index_BS = rank_BL = jnp.broadcast_to(jnp.arange(length), canvas.shape)
     generated_BS, logical_BS = written_BL, logical_BL
   else:

@@ -182,7 +182,7 @@ def commit_count(alg, masked_B, step, steps_B, ratio_B):
   return jnp.where(step >= steps_B - 1, masked_B, truncated_B)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def commit_ratios(steps, eps, schedule="dream"):
   """Share of the remaining masks to commit at each step, float32 [steps], numpy.
 

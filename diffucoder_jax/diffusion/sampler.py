@@ -160,7 +160,9 @@ def generate(
   plan = _make_plan(config, slots, mask_id, tuple(end_ids), constraints)
   pace = even_pace(config, slots, len(canvas)) if pace is None else pace
   pace = jax.tree.map(jnp.asarray, pace)
-  rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, pace, mask_id, plan.slots)
+  rows = canvases.rows_of(
+    jnp.asarray(canvas), jnp.asarray(valid), keys, pace, mask_id, plan.slots if some else None
+  )
 
   def look(rows, canvas_BL, block, step, kept):
     """(logits_BWV of a block, what is kept for the next step)."""

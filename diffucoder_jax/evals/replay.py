@@ -5,13 +5,11 @@ import functools
 import jax
 import numpy as np
 
-from diffucoder_jax.diffusion import remasking
+from diffucoder_jax.diffusion import queue, remasking
 from diffucoder_jax.diffusion.trace import canvas_after
 from diffucoder_jax.evals import arness
 from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
 from diffucoder_jax.runtime import sharding
-
-LENGTH_STEP = 32  # canvases are padded to multiples of this, so that few programs are compiled
 
 
 def canvas_before(row, step, mask_id):
@@ -41,8 +39,7 @@ def confidences(ckpt, config, asked, width, batch_size):
   Returns:
     float [len(asked), width], nats; NaN where nothing was masked.
   """
-  length = max(len(row.tokens) for row, _ in asked)
-  length += -length % LENGTH_STEP
+  length = queue.bucket(max(len(row.tokens) for row, _ in asked))
   found = np.full((len(asked), width), np.nan)
   for begin in range(0, len(asked), batch_size):
     batch = asked[begin : begin + batch_size]

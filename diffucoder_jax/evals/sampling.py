@@ -8,23 +8,16 @@ Autoregressive weights that continue rows left to right do so with a cache (`aut
 writes the same tokens.
 """
 
-import dataclasses
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import autoregressive, cache, canvas, sampler
+from diffucoder_jax.diffusion import autoregressive, queue
 from diffucoder_jax.evals import benchmarks, prompts
 from diffucoder_jax.model import windows
-from diffucoder_jax.model.transformer import Transformer, next_logits_fn
-from diffucoder_jax.runtime import sharding
-
-LENGTH_STEP = 32  # canvases are padded to multiples of this, so that few programs are compiled
-SLOTS_STEP = 8
 
 
 class Row(NamedTuple):
@@ -97,29 +90,17 @@ def sample(ckpt, rows, config, seed=0, batch_size=8):
   Yields:
     lists of (index into `rows`, `Sampled`), the same on all hosts.
   """
-  shards = 1 if ckpt.mesh is None else sharding.batch_shards(ckpt.mesh)
   keys = np.asarray(_keys(seed, *(np.asarray([r[i] for r in rows], np.uint32) for i in (0, 1))))
-  # A shorter last batch is filled up, so that it needs no program of its own.
-  batch_size = min(batch_size, len(rows))
-  batch_size += -batch_size % shards
-  masks = [row.ids.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
-  cache.check(config, max(masks))
-  kinds = [canvas.kind(config, count) for count in masks]
-  # Alike lengths go together, so that little is padded.
-  order = sorted(range(len(rows)), key=lambda i: (kinds[i], len(rows[i].ids)))
-  while order:
-    chosen = [i for i in order[:batch_size] if kinds[i] == kinds[order[0]]]
-    slots = kinds[chosen[0]][1] or max(masks) + -max(masks) % SLOTS_STEP
-    order = order[len(chosen) :]
-    filled = chosen + chosen[-1:] * (batch_size - len(chosen))
-    now = dataclasses.replace(config, steps=kinds[chosen[0]][0])
-    began = time.monotonic()
-    cached = is_cached(ckpt.config, now, max(masks[i] for i in chosen))
-    trace = _batch(ckpt, [rows[i].ids for i in filled], keys[filled], now, slots, cached)
-    seconds = (time.monotonic() - began) / len(chosen)
+  batches = queue.write(
+    windows.network(ckpt.config), ckpt.params, [row.ids for row in rows], keys, config,
+    mask_id=ckpt.mask_id, end_ids=stop_ids(ckpt), mesh=ckpt.mesh, batch_size=batch_size,
+    limit=ckpt.config.max_seq_len,
+  )  # fmt: skip
+  for batch in batches:
+    seconds = batch.seconds / len(batch.indices)
     yield [
-      (i, _sampled(ckpt, rows[i].ids, jax.tree.map(lambda x, j=j: x[j : j + 1], trace), seconds))
-      for j, i in enumerate(chosen)
+      (i, _sampled(ckpt, rows[i].ids, queue.unpadded(batch.trace, b), seconds))
+      for b, i in enumerate(batch.indices)
     ]
 
 
@@ -150,50 +131,8 @@ def _keys(seed, problem_B, sample_B):
   return jax.vmap(one)(problem_B, sample_B)
 
 
-def _batch(ckpt, rows, keys, config, slots, cached):
-  """Left-pads the rows to one length and samples; gives all rows' `Trace` on every host."""
-  length = max(map(len, rows)) + config.max_new_tokens
-  length += -length % LENGTH_STEP
-  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id)
-  if cached:
-    run = functools.partial(_run_cached, ckpt.config, config, ckpt.mask_id, stop_ids(ckpt))
-  else:
-    eos_id = ckpt.eos_id if ckpt.eos_id >= 0 else ckpt.tokenizer.end_of_turn_id
-    run = functools.partial(_run, ckpt.config, config, ckpt.mask_id, eos_id, min(slots, length))
-  arrays = canvas_BL, valid_BL, keys
-  if ckpt.mesh is None:
-    return jax.device_get(run(ckpt.params, *arrays))
-  index, count = sharding.batch_shard(ckpt.mesh)
-  block = slice(index * len(rows) // count, (index + 1) * len(rows) // count)
-  with jax.set_mesh(ckpt.mesh):
-    placed = sharding.put_batch(tuple(x[block] for x in arrays), ckpt.mesh)
-    trace = run(ckpt.params, *placed)
-    return jax.tree.map(lambda x: sharding.all_rows(sharding.local_rows(x), ckpt.mesh), trace)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(model_config, config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B2):
-  window = cache.WINDOWS.get(config.cache)
-  logits_fn = windows.logits_fn(Transformer(model_config), params, config.block_size, window)
-  keys_B = jax.random.wrap_key_data(keys_B2)
-  return sampler.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, eos_id=eos_id, slots=slots
-  )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run_cached(model_config, config, mask_id, end_ids, params, canvas_BL, valid_BL, keys_B2):
-  logits_fn = next_logits_fn(Transformer(model_config), params, valid_BL)
-  keys_B = jax.random.wrap_key_data(keys_B2)
-  return autoregressive.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, end_ids=end_ids
-  )
-
-
 def _sampled(ckpt, ids, trace, seconds):
   """The text in the holes of one row."""
-  valid_L = trace.valid[0]
-  trace = jax.tree.map(lambda x: x[:, valid_L] if x.ndim > 1 else x, trace)
   tokens_L = trace.tokens[0]
   given_L = np.asarray([*ids, *[ckpt.mask_id] * (len(tokens_L) - len(ids))])
   written = [int(token) for token in tokens_L[given_L == ckpt.mask_id]]

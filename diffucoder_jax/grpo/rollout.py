@@ -4,7 +4,6 @@ Everything random is a function of (key, round, row), so a round can be sampled 
 from the parameters it began with.
 """
 
-import functools
 from typing import NamedTuple
 
 import flax
@@ -13,13 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import canvas, sampler
+from diffucoder_jax.diffusion import queue
 from diffucoder_jax.grpo import objective
-from diffucoder_jax.model.transformer import canvas_logits_fn
-from diffucoder_jax.runtime import hosts, sharding
-
-LENGTH_STEP = 32  # prompts are padded to multiples of this, so that few programs are compiled
-SLOTS_STEP = 8
+from diffucoder_jax.model import windows
 
 
 @flax.struct.dataclass
@@ -91,39 +86,38 @@ def problems_of_round(round_, count, number, seed):
   return [int(orders[epoch][i]) for epoch, i in places]
 
 
-def canvas_length(longest, most, new):
-  """Length of a round's canvases: the longest prompt, rounded up but not above `most`, and `new`."""
-  return min(longest + -longest % LENGTH_STEP, most) + new
+@jax.jit
+def row_keys(key, rows_B):
+  """Row r draws from fold_in(key, r): `jax.random.key_data`, uint32 [B, 2]."""
+  return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(rows_B)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(model, config, mask_id, eos_id, params, canvas_BL, valid_BL, key, rows_B):
-  keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
-  slots = config.max_new_tokens + -config.max_new_tokens % SLOTS_STEP
-  return sampler.generate(
-    canvas_logits_fn(model, params), canvas_BL, valid_BL, keys_B, config,
-    mask_id=mask_id, eos_id=eos_id, slots=slots,
-  )  # fmt: skip
-
-
-def sample(model, params, rows, row_ids, key, config, mask_id, eos_id, mesh, max_prompt):
-  """Answers this process's prompts on the training mesh.
+def sample(
+  model_config, params, rows, key, config, mask_id, end_id, mesh, limit, batch_size=0
+):
+  """Answers prompts on the training mesh.
 
   Args:
-    model, params: the policy. rows: token ids of this process's rows of the global batch.
-    row_ids: int32, their global numbers; row r draws from fold_in(key, r).
-    key: PRNG key of the round. config: `SamplerConfig`. mask_id, eos_id: ids; `eos_id` is read by
-      `stop_at_eos`.
-    mesh: the mesh. max_prompt: no prompt has more tokens.
+    model_config, params: the policy's. rows: token ids of all prompts; row r draws from fold_in(key, r).
+    key: PRNG key of the round. config: `SamplerConfig`. mask_id, end_id: ids; `end_id` is read by
+      `stop_at_eos`. mesh: the mesh. limit: places of the longest prompt with its answer.
+    batch_size: rows sampled together; 0: all.
   Returns:
-    `sampler.Trace` of this process's rows on the host, [rows, L]; L is `canvas_length`.
+    `sampler.Trace` of all rows on every host, numpy [rows, limit], left-padded.
   """
-  longest = int(hosts.largest_everywhere(max(map(len, rows))))
-  length = canvas_length(longest, max_prompt, config.max_new_tokens)
-  canvas_BL, valid_BL = canvas.lay_out(rows, length, config.max_new_tokens, mask_id)
-  placed = sharding.put_batch((canvas_BL, valid_BL, np.asarray(row_ids, np.int32)), mesh)
-  trace = _sample(model, config, mask_id, eos_id, params, placed[0], placed[1], key, placed[2])
-  return jax.tree.map(sharding.local_rows, trace)
+  batches = list(queue.write(
+    windows.network(model_config), params, rows, np.asarray(row_keys(key, np.arange(len(rows)))), config,
+    mask_id=mask_id, end_ids=(end_id,) if end_id >= 0 else (), mesh=mesh,
+    batch_size=batch_size or len(rows), limit=limit,
+  ))  # fmt: skip
+  order = np.argsort(np.concatenate([batch.indices for batch in batches]))
+
+  def whole(*parts):
+    if parts[0].ndim > 1:
+      parts = [np.pad(x, ((0, 0), (limit - x.shape[1], 0), *((0, 0),) * (x.ndim - 2))) for x in parts]
+    return np.concatenate(parts)[order]
+
+  return jax.tree.map(whole, *(batch.trace for batch in batches))
 
 
 def completions(trace, new):
@@ -136,16 +130,13 @@ def answer_ids(ids, end_ids):
   return ids[: next((i for i, token in enumerate(ids) if token in end_ids), len(ids))]
 
 
-def make_batch(trace, length, new, end_id):
-  """{name: numpy array}, what `Batch` holds of the answers themselves, left-padded to `length`."""
-  tokens, valid = np.asarray(trace.tokens), np.asarray(trace.valid)
-  grow = ((0, 0), (length - tokens.shape[1], 0))
-  tokens_BL, valid_BL = np.pad(tokens, grow), np.pad(valid, grow)
-  completion_BL = np.zeros(tokens_BL.shape, bool)
+def make_batch(trace, new, end_id):
+  """{name: numpy array}, what `Batch` holds of the answers themselves."""
+  completion_BL = np.zeros(trace.tokens.shape, bool)
   completion_BL[:, -new:] = True
-  scored_BL = np.asarray(objective.completion_mask(tokens_BL, completion_BL, end_id))
+  scored_BL = np.asarray(objective.completion_mask(trace.tokens, completion_BL, end_id))
   return {
-    "tokens": tokens_BL, "valid": valid_BL, "completion": completion_BL, "scored": scored_BL
+    "tokens": trace.tokens, "valid": trace.valid, "completion": completion_BL, "scored": scored_BL
   }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ class Rounds:
     self.end_id = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id >= 0 else ckpt.eos_id
     self.rows = self.grpo.prompts * self.grpo.num_generations
     self.length = c.rollout.max_prompt_tokens + self.sampler.max_new_tokens
+    self.batch_size = c.rollout.get("batch_size", 0) or self.rows  # younger than some logged rounds
     ids = np.arange(self.rows, dtype=np.int32)
     if self.rows % sharding.batch_shards(mesh):
       raise ValueError(
@@ -136,13 +137,18 @@ class Rounds:
     chosen = rollout.problems_of_round(
       round_, self.grpo.prompts, len(self.prompts.problems), self.config.seed
     )
-    chosen = np.repeat(chosen, self.grpo.num_generations)[self.block]
-    trace = rollout.sample(
-      self.model, params, [self.prompts.ids[i] for i in chosen], np.arange(self.rows)[self.block],
-      self.keys(round_)[0], self.sampler, self.ckpt.mask_id, self.end_id, self.mesh,
-      self.config.rollout.max_prompt_tokens,
+    chosen = np.repeat(chosen, self.grpo.num_generations)
+    ids = [self.prompts.ids[i] for i in chosen]
+    trace = self.answers(ids, params, self.keys(round_)[0], self.sampler)
+    mine = jax.tree.map(lambda x: x[self.block], trace)
+    return [self.prompts.problems[i] for i in chosen[self.block]], mine
+
+  def answers(self, ids, params, key, config):
+    """`rollout.sample` with what all rounds share; all rows on every host."""
+    return rollout.sample(
+      self.ckpt.config, params, ids, key, config, self.ckpt.mask_id, self.end_id, self.mesh,
+      self.length, self.batch_size,
     )  # fmt: skip
-    return [self.prompts.problems[i] for i in chosen], trace
 
   def texts(self, trace):
     """What was written, up to the end token."""
@@ -162,20 +168,13 @@ class Rounds:
     Returns:
       float [problems], 1 or 0, NaN where nobody knows; and {i: text} of this process's answers.
     """
-    found, texts = [], {}
-    size = min(self.rows, len(ids) + -len(ids) % sharding.batch_shards(self.mesh))
-    for begin in range(0, len(ids), size):
-      # The last one is filled up, so that it needs no program of its own.
-      chosen = np.minimum(np.arange(begin, begin + size), len(ids) - 1)[self.part(size)]
-      trace = rollout.sample(
-        self.model, params, [ids[i] for i in chosen], chosen, key, config, self.ckpt.mask_id,
-        self.end_id, self.mesh, self.config.rollout.max_prompt_tokens,
-      )  # fmt: skip
-      written = self.texts(trace)
-      scored = rewards.score([problems[i] for i in chosen], written, self.sandbox, SOLVED)
-      found.append(sharding.all_rows(np.asarray([one.reward for one in scored]), self.mesh))
-      texts.update(zip(chosen.tolist(), written, strict=True))
-    return np.concatenate(found)[: len(ids)], texts
+    trace = self.answers(ids, params, key, config)
+    size = len(ids) + -len(ids) % sharding.batch_shards(self.mesh)
+    mine = np.minimum(np.arange(size), len(ids) - 1)[self.part(size)]
+    texts = self.texts(jax.tree.map(lambda x: x[mine], trace))
+    scored = rewards.score([problems[i] for i in mine], texts, self.sandbox, SOLVED)
+    found = sharding.all_rows(np.asarray([one.reward for one in scored]), self.mesh)
+    return found[: len(ids)], dict(zip(mine.tolist(), texts, strict=True))
 
   def collect(self, round_, params, ref):
     """A round: sampled, judged, scored.
@@ -192,7 +191,7 @@ class Rounds:
     judged = self.judge.submit(rewards.score, problems, texts, self.sandbox, self.reward)
 
     # While the answers run, the device scores them: neither needs the rewards.
-    arrays = rollout.make_batch(trace, self.length, self.sampler.max_new_tokens, self.end_id)
+    arrays = rollout.make_batch(trace, self.sampler.max_new_tokens, self.end_id)
     placed = sharding.put_batch({**arrays, **self.ids}, self.mesh)
     old, ref_scores = self.scores(round_, params, ref, placed)
     scored = time.monotonic()
@@ -246,12 +245,11 @@ class Rounds:
   def about(self, trace, arrays, found):
     """Metrics of the answers and verdicts of all hosts."""
     whole = lambda x: sharding.all_rows(np.asarray(x), self.mesh)  # noqa: E731
-    grow = ((0, 0), (self.length - trace.entropy.shape[1], 0))
     scored_BL = whole(arrays["scored"])
     summary = diagnostics.answer_summary(
-      scored_BL, whole(arrays["completion"]), whole(np.pad(trace.entropy, grow))
+      scored_BL, whole(arrays["completion"]), whole(trace.entropy)
     )
-    summary |= self.order(whole(np.pad(trace.step, grow)), scored_BL)
+    summary |= self.order(whole(trace.step), scored_BL)
     valid_B = whole([one.valid for one in found])
     parts = {}
     for name in self.reward.weights:

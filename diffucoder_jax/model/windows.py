@@ -1,10 +1,33 @@
 """Some places of a canvas computed anew, the others as they were, for `diffusion/cache.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from diffucoder_jax.model import kv_cache
-from diffucoder_jax.model.transformer import canvas_logits_fn, positions_of, unembed
+from diffucoder_jax.model.transformer import (
+  Transformer,
+  canvas_logits_fn,
+  next_logits_fn,
+  positions_of,
+  unembed,
+)
+
+
+@functools.cache
+def network(config):
+  """A network as `diffusion.queue.write` runs it; the same functions for the same `ModelConfig`, since
+  programs are kept by them.
+
+  Returns:
+    (any_order, in_order). any_order: (params, width, window) -> `logits_fn`. in_order: (params,
+    valid_BL) -> `next_logits_fn`; None where attention is not causal.
+  """
+  model = Transformer(config)
+  any_order = functools.partial(logits_fn, model)
+  in_order = functools.partial(next_logits_fn, model) if config.attention == "causal" else None
+  return any_order, in_order
 
 
 def logits_fn(model, params, width, window):

@@ -15,18 +15,14 @@ def test_problems_come_once_an_epoch():
   assert rollout.problems_of_round(0, 20, 12, 3)[:12] == order[:12]
 
 
-def test_canvases_have_few_lengths_and_are_never_longer_than_a_batch():
-  assert [rollout.canvas_length(n, 48, 16) for n in (1, 32, 33, 48)] == [48, 48, 64, 64]
-
-
 def test_a_batch_is_the_canvas_with_what_was_sampled():
-  canvas, valid = canvases.lay_out([[5, 6], [7, 8, 9]], 7, 4, mask_id=1)
-  assert canvas.tolist() == [[0, 5, 6, 1, 1, 1, 1], [7, 8, 9, 1, 1, 1, 1]]
-  assert valid.tolist() == [[False] + [True] * 6, [True] * 7]
-  tokens = np.where(canvas == 1, [[0, 0, 0, 4, 2, 4, 3], [0, 0, 0, 4, 4, 4, 4]], canvas)
+  canvas, valid = canvases.lay_out([[5, 6], [7, 8, 9]], 9, 4, mask_id=1)
+  assert canvas.tolist() == [[0, 0, 0, 5, 6, 1, 1, 1, 1], [0, 0, 7, 8, 9, 1, 1, 1, 1]]
+  assert valid.tolist() == [[False] * 3 + [True] * 6, [False] * 2 + [True] * 7]
+  tokens = np.where(canvas == 1, [[0] * 5 + [4, 2, 4, 3], [0] * 5 + [4] * 4], canvas)
   zeros = jnp.zeros(canvas.shape)
   trace = sampler.Trace(tokens, zeros, zeros, zeros, jnp.zeros(2), valid)
-  batch = rollout.make_batch(trace, 9, 4, end_id=2)
+  batch = rollout.make_batch(trace, 4, end_id=2)
   assert batch["tokens"].tolist() == [[0, 0, 0, 5, 6, 4, 2, 4, 3], [0, 0, 7, 8, 9, 4, 4, 4, 4]]
   assert batch["valid"].sum(1).tolist() == [6, 7] and batch["completion"].sum(1).tolist() == [4, 4]
   assert batch["scored"][:, -4:].tolist() == [[True, True, False, False], [True] * 4]
