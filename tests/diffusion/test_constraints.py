@@ -253,3 +253,23 @@ def test_what_cannot_be_kept_is_named():
   ):
     with pytest.raises(ValueError, match=words):
       wrong()
+
+
+def test_a_cache_keeps_them_too():
+  """Blocks, read through a cache that is always as good as new."""
+
+  def block(canvas_BL, valid_BL, start, kept=None):
+    logits_BWV = jax.lax.dynamic_slice_in_dim(network(canvas_BL, valid_BL), start, 4, axis=1)
+    return (logits_BWV, jnp.zeros(1)) if kept is None else logits_BWV
+
+  canvas, valid = canvases.lay_out(PROMPTS, 5 + NEW, NEW, MASK)
+  cached = dataclasses.replace(PLAIN, block_size=4, cache="dual")
+  trace = jax.device_get(
+    sampler.generate(
+      (block, block), canvas, valid, None, cached, mask_id=MASK, constraints=EVERYTHING
+    )
+  )
+  wanted = run(EVERYTHING, block_size=4, slots=NEW)
+  for name in ("tokens", "step", "nfe", "confidence"):
+    np.testing.assert_array_equal(getattr(trace, name), getattr(wanted, name), err_msg=name)
+  assert (new_tokens(trace)[:, -2:] == [10, 11]).all()
