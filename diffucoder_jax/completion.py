@@ -8,6 +8,7 @@ import numpy as np
 
 from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import cache, process, queue
+from diffucoder_jax.diffusion import constraints as constraints_lib
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import windows
@@ -68,7 +69,7 @@ def prompt_ids(ckpt, prompt):
   return begin + list(ckpt.tokenizer.encode(prompt))
 
 
-def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
+def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8, constraints=None):
   """Completes or infills prompts.
 
   Args:
@@ -79,10 +80,12 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
       keep the keys and values of what is written (`autoregressive`).
     seed: int. Prompt i draws from fold_in(key(seed), i): the same tokens whatever the batch.
     batch_size: prompts sampled together; results do not depend on it.
+    constraints: `diffusion.constraints.Constraints` for every prompt: tokens that are banned or forced.
   Returns:
     list of `Completion`, in the order of the prompts.
   Raises:
-    ValueError: an empty or over-long prompt, a token id outside the vocabulary; names the prompt.
+    ValueError: an empty or over-long prompt, a token id outside the vocabulary, constraints that cannot
+      be kept (`constraints.check`); names the prompt.
   """
   causal = ckpt.config.attention == "causal"
   config = sampler or SamplerConfig(alg="left_to_right" if causal else "entropy")
@@ -94,11 +97,13 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8):
   rows = [prompt_ids(ckpt, prompt) for prompt in prompts]
   for i, row in enumerate(rows):
     _check_prompt(i, row, ckpt, config)
+  if constraints is not None:
+    _check_constraints(constraints, rows, ckpt, config)
   keys = process.row_keys(jax.random.key(seed), max(len(rows), 1))
   batches = queue.write(
     windows.network(ckpt.config), ckpt.params, rows, np.asarray(jax.random.key_data(keys)), config,
     mask_id=ckpt.mask_id, end_ids=_end_ids(ckpt), mesh=ckpt.mesh, batch_size=batch_size,
-    limit=ckpt.config.max_seq_len,
+    limit=ckpt.config.max_seq_len, constraints=constraints,
   )  # fmt: skip
   completions = [None] * len(rows)
   for batch in batches:
@@ -124,6 +129,17 @@ def _check_prompt(i, row, ckpt, config):
   if not config.max_new_tokens and ckpt.mask_id not in row:
     raise ValueError(f"prompt {i} has no masks and max_new_tokens is 0: there is nothing to write")
   cache.check(config, row.count(ckpt.mask_id) + config.max_new_tokens)
+
+
+def _check_constraints(constraints, rows, ckpt, config):
+  if ckpt.mask_id < 0:
+    raise ValueError("this checkpoint has no mask token, which constraints need")
+  places = [row.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
+  for count in sorted(set(places)):
+    try:
+      constraints_lib.check(constraints, count, ckpt.config.vocab_size, ckpt.mask_id)
+    except ValueError as error:
+      raise ValueError(f"prompt {places.index(count)}: {error}") from error
 
 
 def _end_ids(ckpt):

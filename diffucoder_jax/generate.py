@@ -21,7 +21,7 @@ from etils import epath
 
 from diffucoder_jax import completion
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.evals import trace as trace_pictures
 from diffucoder_jax.pretrained import from_pretrained
 from diffucoder_jax.runtime import sharding
@@ -51,6 +51,12 @@ def parse_arguments(argv=None):
   )
   parser.add_argument("--traces", help="folder for one .npz trace per prompt")
   parser.add_argument("--show", action="store_true", help="replay the denoising in the terminal")
+  parser.add_argument(
+    "--ban",
+    action="append",
+    default=[],
+    help="text none of whose tokens is written; again for more",
+  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument(
@@ -126,6 +132,10 @@ def main(args):
       f"{args.checkpoint} has no tokenizer file; add one, or use the Python API with ids"
     )
 
+  # A piece of text has other tokens with a space before it: give both.
+  banned = sorted({token for text in args.ban for token in ckpt.tokenizer.encode(text)})
+  limits = constraints.ban(banned) if banned else None
+
   results = [None] * len(requests)
   began, written, evaluations = time.monotonic(), 0, 0
   for infill in (False, True):
@@ -134,7 +144,7 @@ def main(args):
       continue
     config = sampler_config(args, ckpt.config.attention == "causal", infill)
     prompts = [to_prompt(args, ckpt, requests[i]) for i in chosen]
-    outputs = completion.generate(ckpt, prompts, config, args.seed, args.batch_size)
+    outputs = completion.generate(ckpt, prompts, config, args.seed, args.batch_size, limits)
     for i, output in zip(chosen, outputs, strict=True):
       results[i] = output
       written += len(output.tokens)

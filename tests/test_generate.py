@@ -13,7 +13,7 @@ import pytest
 from diffucoder_jax import completion, pretrained
 from diffucoder_jax.completion import SamplerConfig, generate, infill_prompt
 from diffucoder_jax.data import chat
-from diffucoder_jax.diffusion import sampler
+from diffucoder_jax.diffusion import constraints, sampler
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("programs")
@@ -71,7 +71,9 @@ def test_what_was_learnt_comes_out(ckpt):
 def test_blocks_caches_and_parallel_decoding(ckpt):
   blocks = dataclasses.replace(GREEDY, block_size=4)
   exact = generate(ckpt, PROMPTS, blocks)
-  always = generate(ckpt, PROMPTS, dataclasses.replace(blocks, cache="dual", refresh=1), batch_size=2)
+  always = generate(
+    ckpt, PROMPTS, dataclasses.replace(blocks, cache="dual", refresh=1), batch_size=2
+  )
   assert tokens_and_steps(always) == tokens_and_steps(exact)
   fast = dataclasses.replace(blocks, cache="prefix", threshold=0.05)
   sure = generate(ckpt, PROMPTS, fast)
@@ -111,6 +113,52 @@ def test_infilling_keeps_what_was_given(ckpt):
 def test_infilling_starts_as_a_document_does(ckpt):
   """Training puts a begin token before every document; so do prompts, and so must templates."""
   assert infill_prompt(ckpt, "<|fill:2|>x")[0] == ckpt.tokenizer.bos_id
+
+
+def test_constraints_hold_for_every_prompt(ckpt):
+  ending = ckpt.tokenizer.encode("# end")
+  free = generate(ckpt, PROMPTS, GREEDY)
+  banned = sorted({int(token) for done in free for token in done.tokens[:3]} - {*ending})
+  config = dataclasses.replace(GREEDY, threshold=0.9, revoke=0.5)
+  kept = constraints.together(constraints.force(ending, -len(ending)), constraints.ban(banned))
+  done = generate(ckpt, PROMPTS, config, constraints=kept)
+  for one in done:
+    assert one.tokens[-len(ending) :].tolist() == ending and not np.isin(one.tokens, banned).any()
+    assert ckpt.mask_id not in one.tokens
+    assert (one.trace.step[0, -len(ending) :] == -1).all()
+  alone = generate(ckpt, PROMPTS[:1], config, constraints=kept, batch_size=1)
+  assert tokens_and_steps(alone) == tokens_and_steps(done[:1])
+  with pytest.raises(
+    ValueError, match="prompt 0: token 3 is forced at place 12, and the row has 12"
+  ):
+    generate(ckpt, ["x"], GREEDY, constraints=constraints.force([3], 12))
+  maskless = dataclasses.replace(ckpt, mask_id=-1)
+  with pytest.raises(ValueError, match="no mask token"):
+    generate(maskless, ["x"], GREEDY, constraints=kept)
+
+
+def test_autoregressive_weights_keep_constraints_too(ckpt):
+  causal = dataclasses.replace(ckpt, config=dataclasses.replace(ckpt.config, attention="causal"))
+  config = dataclasses.replace(GREEDY, alg="left_to_right")
+  (free,) = generate(causal, PROMPTS[:1], config)
+  nothing = constraints.ban([])  # the other way to write it
+  assert tokens_and_steps(generate(causal, PROMPTS[:1], config, constraints=nothing)) == (
+    tokens_and_steps([free])
+  )
+  first = int(free.tokens[0])
+  (other,) = generate(causal, PROMPTS[:1], config, constraints=constraints.ban([first], [0]))
+  assert other.tokens[0] != first
+
+
+def test_banned_text_on_the_command_line(program, workdir, ckpt, capsys):
+  ids = [*ckpt.tokenizer.encode("x"), *ckpt.tokenizer.encode("00")]
+  free, kept = (
+    generate(ckpt, PROMPTS[:1], GREEDY, constraints=rules)[0].text
+    for rules in (None, constraints.ban(ids))
+  )
+  run_program(program, workdir, "--prompt", PROMPTS[0], "--ban", "x", "--ban", "00")
+  assert capsys.readouterr().out == PROMPTS[0] + kept + "\n"
+  assert kept != free
 
 
 def test_text_ends_at_the_end_token(ckpt):
@@ -270,7 +318,11 @@ def test_files_in_and_out(program, workdir, ckpt, tmp_path, capsys):
   answers = [json.loads(line) for line in lines]
   texts = [a.pop("completion") for a in answers]
   evaluations = [a.pop("nfe") for a in answers]
-  assert [(a.pop("length"), a.pop("ended")) for a in answers] == [(12, False), (6, False), (12, False)]
+  assert [(a.pop("length"), a.pop("ended")) for a in answers] == [
+    (12, False),
+    (6, False),
+    (12, False),
+  ]
   assert answers == requests
   plain = generate(ckpt, [PROMPTS[0], PROMPTS[2]], GREEDY)
   assert [texts[0], texts[2]] == [done.text for done in plain]

@@ -41,11 +41,30 @@ def rows_of(canvas, valid, keys, pace, mask_id, slots):
   return Rows(canvas, valid, keys, pace, index_BS, generated_BS, rank_BL, written_BL, logical_BS)
 
 
+def choose(flags_BS, x_BS, others_BS):
+  """`jnp.where` for [B, S, ...]."""
+  more = (1,) * (jnp.ndim(x_BS) - 2)
+  return jnp.where(flags_BS.reshape(*flags_BS.shape, *more), x_BS, others_BS)
+
+
 def put(rows, x_BS, others_BL):
   """[B, S] on the canvas, `others_BL` (may be a number) elsewhere; also for [B, S, ...]."""
   more = (1,) * (x_BS.ndim - 2)
   found_BL = jnp.take_along_axis(x_BS, rows.rank.reshape(*rows.rank.shape, *more), axis=1)
-  return jnp.where(rows.written.reshape(*rows.written.shape, *more), found_BL, others_BL)
+  return choose(rows.written, found_BL, others_BL)
+
+
+def places(rows):
+  """Which of its row's own places each of the S is, int32 [B, S]; -1: none."""
+  return jnp.where(rows.generated, jnp.cumsum(rows.generated, axis=1) - 1, -1)
+
+
+def by_place(rows, x_BS, others):
+  """[B, S] in the order of the row's places; `others`, a number, behind the last."""
+  order_BS = jnp.argsort(~rows.generated, axis=1, stable=True)
+  count_B1 = jnp.sum(rows.generated, axis=1, keepdims=True)
+  is_place_BS = jnp.arange(x_BS.shape[1])[None] < count_B1
+  return jnp.where(is_place_BS, jnp.take_along_axis(x_BS, order_BS, axis=1), others)
 
 
 def lay_out(rows, length, new, mask_id):

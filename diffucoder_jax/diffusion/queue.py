@@ -44,8 +44,9 @@ def bucket(size, step=32):
 
 
 def write(
-  network, params, rows, keys, config, *, mask_id, end_ids=(), mesh=None, batch_size=8, limit=None
-):
+  network, params, rows, keys, config, *, mask_id, end_ids=(), mesh=None, batch_size=8, limit=None,
+  constraints=None,
+):  # fmt: skip
   """Writes the masks of rows, and new tokens behind them.
 
   Args:
@@ -60,6 +61,8 @@ def write(
     mesh: of all hosts; None: the default device.
     batch_size: rows written together, rounded up to what the mesh divides.
     limit: no canvas is padded beyond so many places; None: there is none.
+    constraints: `constraints.Constraints` of every row, which `in_order` does not know: with them all
+      rows are written by `any_order`.
   Yields:
     `Batch`, all rows of it on every host.
   """
@@ -79,10 +82,12 @@ def write(
   )  # fmt: skip
 
   def launch(chosen):
-    if network[1] and all(autoregressive.can_write(config, masks[i]) for i in chosen):
-      program = functools.partial(write_in_order, network[1], config, fixed)
+    in_order = network[1] if constraints is None else None
+    if in_order and all(autoregressive.can_write(config, masks[i]) for i in chosen):
+      program = functools.partial(write_in_order, in_order, config, fixed)
     else:
       program = functools.partial(write_any_order, network[0], config, fixed)
+      program = functools.partial(program, constraints=constraints)
     arrays = _lay_out([rows[i] for i in chosen], size, config, fixed, limit)
     chosen = chosen + chosen[-1:] * (size - len(chosen))
     return time.monotonic(), _run(program, params, (*arrays, keys[chosen]), mesh)
@@ -148,14 +153,16 @@ def _fetch(trace, number, mesh):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def write_any_order(network, config, fixed, params, canvas_BL, valid_BL, pace, keys_B2):
+def write_any_order(
+  network, config, fixed, params, canvas_BL, valid_BL, pace, keys_B2, constraints=None
+):
   """The program of batches that `sampler.generate` writes; see `write`."""
   logits_fn = network(params, config.block_size, cache.WINDOWS.get(config.cache))
   keys_B = jax.random.wrap_key_data(keys_B2)
   slots = min(fixed.slots, canvas_BL.shape[1])
   return sampler.generate(
     logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=fixed.mask_id, end_ids=fixed.end_ids,
-    slots=slots, pace=pace, batch_sizes=fixed.batch_sizes,
+    slots=slots, pace=pace, batch_sizes=fixed.batch_sizes, constraints=constraints,
   )  # fmt: skip
 
 

@@ -136,8 +136,13 @@ def negative_entropy(probs_BLV):
   return jnp.sum(probs_BLV * jnp.log(probs_BLV + 1e-10), axis=-1)
 
 
+def probability(probs_BLV, tokens_BL):
+  """That of one token at each position, float32 [B, L]."""
+  return jnp.take_along_axis(probs_BLV, tokens_BL[..., None], axis=-1)[..., 0]
+
+
 def _probability(probs_BLV, drawn_BL, index_BL):
-  return jnp.take_along_axis(probs_BLV, drawn_BL[..., None], axis=-1)[..., 0]
+  return probability(probs_BLV, drawn_BL)
 
 
 def _margin(probs_BLV, drawn_BL, index_BL):
@@ -234,7 +239,7 @@ def choose_positions(confidence_BL, masked_BL, count_B, gumbel_BL=None):
 def surer_than(threshold, probs_BLV, drawn_BL):
   """Positions whose token has a probability above the threshold (Fast-dLLM, Wu et al. 2025,
   arXiv 2505.22618); none at 1."""
-  return _probability(probs_BLV, drawn_BL, None) > threshold
+  return probability(probs_BLV, drawn_BL) > threshold
 
 
 def within_entropy_bound(bound, confidence_BL, masked_BL, entropy_BL):

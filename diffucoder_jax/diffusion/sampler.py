@@ -11,17 +11,16 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath
 
-from diffucoder_jax.diffusion import cache, process, remasking, unmasking
+from diffucoder_jax.diffusion import cache, process, remasking, revocation, unmasking
 from diffucoder_jax.diffusion import canvas as canvases
+from diffucoder_jax.diffusion.constraints import Constraints, Rules, with_forced
 from diffucoder_jax.diffusion.pace import even_pace
+from diffucoder_jax.diffusion.trace import Trace, history, load_trace, save_trace
 
-TRACE_VERSION = 1
+__all__ = ["SamplerConfig", "Trace", "generate", "history", "load_trace", "row_keys", "save_trace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,9 @@ class SamplerConfig:
       step; the others keep the keys and values of the last refresh.
     refresh: of a cache: the whole canvas is read again at every so many evaluations of a block; 0:
       once a block; 1: always, which writes what "none" does.
+    revoke: > 0: a committed token with a probability below it is masked again (`revocation`). At best
+      with a `threshold`, or more steps than masks: what is revoked must be written again in time.
+    revoke_limit: how often at most, for each position.
   """
 
   alg: str = "entropy"
@@ -73,6 +75,8 @@ class SamplerConfig:
   kl_bound: float = 0.0
   cache: str = "none"
   refresh: int = 0
+  revoke: float = 0.0
+  revoke_limit: int = 1
 
   @property
   def in_parallel(self):
@@ -107,54 +111,19 @@ class SamplerConfig:
       "cache", self.cache == "none" or whole, "it needs a block_size that divides max_new_tokens"
     )
     check("refresh", self.refresh >= 0, "use 0 (once a block) or more")
-
-
-@flax.struct.dataclass
-class Trace:
-  """A finished canvas and how it came to be; the arrays are [B, L] unless said otherwise.
-
-  Tokens never change once committed, so this is the whole history: the canvas after step s shows
-  `tokens` where `step <= s` and masks elsewhere.
-  """
-
-  tokens: jax.Array  # int32
-  step: jax.Array  # int32, step that committed the token; -1: given, or never committed
-  confidence: jax.Array  # float32, the strategy's confidence at that step
-  entropy: jax.Array  # float32, nats, of the filtered distribution at that step
-  nfe: jax.Array  # int32 [B], network evaluations that could commit something in the row
-  valid: jax.Array  # bool, False on padding
-  # Of `SamplerConfig.alternatives`, K: the likeliest tokens of the filtered distribution at that
-  # step, best first, int32 [B, L, K]; -1 where nothing was written. And their probabilities.
-  alternatives: jax.Array | None = None
-  alternative_probs: jax.Array | None = None
-
-
-def history(trace, mask_id):
-  """Canvases after each step, int32 [steps, B, L], up to the last step that committed something."""
-  tokens, step = np.asarray(trace.tokens), np.asarray(trace.step)
-  return np.stack([np.where(step <= s, tokens, mask_id) for s in range(step.max(initial=0) + 1)])
-
-
-def save_trace(path, trace):
-  """Writes a trace as .npz, with a version field."""
-  arrays = {name: np.asarray(x) for name, x in vars(trace).items() if x is not None}
-  with epath.Path(path).open("wb") as f:
-    np.savez_compressed(f, version=TRACE_VERSION, **arrays)
-
-
-def load_trace(path):
-  """Reads what `save_trace` wrote."""
-  with epath.Path(path).open("rb") as f, np.load(f) as data:
-    arrays = dict(data)
-  version = int(arrays.pop("version"))
-  if version != TRACE_VERSION:
-    raise ValueError(f"{path} holds a trace of version {version}; this code reads {TRACE_VERSION}")
-  return Trace(**arrays)
+    check("revoke", 0 <= self.revoke <= 1, "use a number in [0, 1]; 0 is off")
+    sure = not self.revoke or self.alg not in ("origin", "left_to_right")
+    check("revoke", sure, f"alg {self.alg!r} does not commit by confidence; choose another, or 0")
+    anew = not self.revoke or self.cache == "none"
+    check(
+      "revoke", anew, "a token is judged by all that stands now; set sampler.cache to none, or 0"
+    )
+    check("revoke_limit", self.revoke_limit >= 1, "use 1 or more; switch off with sampler.revoke 0")
 
 
 def generate(
   logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=(), slots=None, pace=None,
-  batch_sizes=(),
+  batch_sizes=(), constraints=None,
 ):  # fmt: skip
   """Denoises a canvas.
 
@@ -175,6 +144,8 @@ def generate(
     batch_sizes: numbers of rows, less than B: when so few rows are left to be written, only those
       go through the network. Changes no token but through rounding; each size is another copy of
       the network to compile. Every one must be a multiple of the mesh's batch shards.
+    constraints: `constraints.Constraints`, which no token breaks (`constraints.check` says whether it
+      can be so). A place where nothing is left to write stays masked.
   Returns:
     `Trace`.
   """
@@ -186,7 +157,7 @@ def generate(
   length = canvas.shape[1]
   some = config.block_size > 0 or (slots is not None and slots < length)
   slots = config.max_new_tokens if cached else min(length, length if slots is None else slots)
-  plan = _make_plan(config, slots, mask_id, tuple(end_ids))
+  plan = _make_plan(config, slots, mask_id, tuple(end_ids), constraints)
   pace = even_pace(config, slots, len(canvas)) if pace is None else pace
   pace = jax.tree.map(jnp.asarray, pace)
   rows = canvases.rows_of(
@@ -208,13 +179,12 @@ def generate(
   evaluate = functools.partial(_evaluate, plan, look)
   sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
   denoise = functools.partial(_denoise, plan, evaluate, look, sizes, rows)
-  state = _empty_trace(rows, config), None, kept
+  state = _empty_trace(rows, plan), None, kept
   if plan.blocks == 1:
     trace = denoise(0, state)[0]
   else:
     trace = jax.lax.fori_loop(0, plan.blocks, denoise, state)[0]
-  unwritten = {"tokens": canvas, "step": -1, "confidence": 0.0, "entropy": 0.0,
-               "alternatives": -1, "alternative_probs": 0.0}  # fmt: skip
+  unwritten = {"tokens": canvas, **revocation.NOTHING}
   written = {
     name: canvases.put(rows, getattr(trace, name), others)
     for name, others in unwritten.items()
@@ -232,6 +202,7 @@ class _Plan(NamedTuple):
   width: int
   blocks: int
   refreshes: jax.Array | None  # bool [steps of a block], `cache.refreshes`
+  constraints: Constraints | None
 
   @property
   def slots(self):
@@ -258,14 +229,14 @@ class _Plan(NamedTuple):
     return jnp.any(self.of_block(masked_BS, block), axis=1)
 
 
-def _make_plan(config, slots, mask_id, end_ids):
+def _make_plan(config, slots, mask_id, end_ids, constraints):
   width = config.block_size or slots
   blocks = -(-slots // width)
   refreshes_T = None
   if config.cache != "none":  # all rows have as many masks
     steps = -(-(config.steps or config.max_new_tokens) // blocks)
     refreshes_T = jnp.asarray(cache.refreshes(config, steps))
-  return _Plan(config, mask_id, end_ids, width, blocks, refreshes_T)
+  return _Plan(config, mask_id, end_ids, width, blocks, refreshes_T, constraints)
 
 
 def _denoise(plan, evaluate, look, sizes, rows, block, state):
@@ -298,7 +269,8 @@ def _denoise(plan, evaluate, look, sizes, rows, block, state):
     count_B = remasking.commit_count(c.alg, left_B, step, pace.steps, pace.ratio(step))
     if c.in_parallel:
       count_B = jnp.maximum(count_B, 1)
-    active_B = plan.wanted(rows, state[0], block) & ((count_B > 0) | (c.alg == "origin"))
+    due_B = ((count_B > 0) | (c.alg == "origin")) & (step < pace.steps)
+    active_B = plan.wanted(rows, state[0], block) & due_B
     number = jnp.sum(active_B)
     kind = jnp.where(number > 0, 1 + jnp.sum(number > jnp.asarray(sizes)), 0)
     return step + 1, jax.lax.switch(kind, kinds, step, state, count_B, active_B)
@@ -329,31 +301,40 @@ def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
   if unmasking.draws(c):
     keys_BW = unmasking.noise_keys(rows.keys, number_B, plan.of_block(rows.logical, block))
   chance_B = jnp.where(step >= pace.steps - 1, 1.0, pace.ratio(step))
+  rules = None
+  if plan.constraints is not None:
+    place_BW = plan.of_block(canvases.places(rows), block)
+    written_BS = canvases.by_place(rows, trace.tokens, plan.mask_id)
+    rules = Rules(plan.constraints, place_BW, written_BS, number_B, plan.mask_id)
   choice, memory = unmasking.choose(
     logits_BWV, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, index_BW, c, plan.mask_id,
-    memory,
+    memory, rules,
   )  # fmt: skip
   found = {"tokens": choice.tokens, "step": number_B[:, None], "confidence": choice.confidence,
            "entropy": choice.entropy}  # fmt: skip
   if c.alternatives:
     found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)
-
-  def note(name, new_BW):
-    old_BS = getattr(trace, name)
-    chosen_BW = choice.chosen.reshape(*choice.chosen.shape, *(1,) * (old_BS.ndim - 2))
-    new_BW = jnp.where(chosen_BW, new_BW, plan.of_block(old_BS, block))
-    return plan.with_block(old_BS, new_BW, block)
-
-  written = {name: note(name, new_BW) for name, new_BW in found.items()}
-  trace = trace.replace(**written, nfe=trace.nfe + active_B.astype(jnp.int32))
-  return trace, memory, kept
+  old = {name: plan.of_block(getattr(trace, name), block) for name in found}
+  new = {name: canvases.choose(choice.chosen, x_BW, old[name]) for name, x_BW in found.items()}
+  if c.revoke:
+    old["revoked"] = plan.of_block(trace.revoked, block)
+    may_B = active_B & (step < pace.steps - 1)  # the last step leaves nothing open
+    new = revocation.revoke(c.revoke, may_B, choice.probs, old, new, number_B, plan.mask_id)
+  new = {name: plan.with_block(getattr(trace, name), x_BW, block) for name, x_BW in new.items()}
+  return trace.replace(**new, nfe=trace.nfe + active_B.astype(jnp.int32)), memory, kept
 
 
-def _empty_trace(rows, config):
-  """Nothing is written yet; [B, S]."""
+def _empty_trace(rows, plan):
+  """Nothing is written yet but what is forced; [B, S]."""
+  config = plan.config
   zeros_BS = jnp.zeros(rows.index.shape, jnp.float32)
+  tokens_BS = jnp.take_along_axis(rows.canvas, rows.index, axis=1)
+  if plan.constraints is not None and plan.constraints.forced is not None:
+    count_B = jnp.sum(rows.generated, axis=1)
+    place_BS = canvases.places(rows)
+    tokens_BS = with_forced(plan.constraints.forced, place_BS, count_B, tokens_BS)
   trace = Trace(
-    tokens=jnp.take_along_axis(rows.canvas, rows.index, axis=1),
+    tokens=tokens_BS,
     step=jnp.full(rows.index.shape, -1, jnp.int32),
     confidence=zeros_BS,
     entropy=zeros_BS,
@@ -365,6 +346,9 @@ def _empty_trace(rows, config):
     trace = trace.replace(
       alternatives=jnp.full(shape, -1, jnp.int32), alternative_probs=jnp.zeros(shape, jnp.float32)
     )
+  if config.revoke:
+    shape = (*rows.index.shape, config.revoke_limit, 3)
+    trace = trace.replace(revoked=jnp.full(shape, -1, jnp.int32))
   return trace
 
 

@@ -56,7 +56,9 @@ class Choice:
   probs: jax.Array  # float32 [B, S, V], the filtered distribution
 
 
-def choose(logits_BSV, masked_BS, count_B, chance_B, keys_BS, index_BS, config, mask_id, memory=None):
+def choose(
+  logits_BSV, masked_BS, count_B, chance_B, keys_BS, index_BS, config, mask_id, memory=None, rules=None,
+):  # fmt: skip
   """Chooses tokens and positions.
 
   Args:
@@ -67,17 +69,25 @@ def choose(logits_BSV, masked_BS, count_B, chance_B, keys_BS, index_BS, config, 
     keys_BS: `noise_keys`; None when nothing is drawn (`draws`).
     index_BS: int32, places on the canvas.
     config: `SamplerConfig`. mask_id: int, never written. memory: `Memory`, with `kl_bound`.
+    rules: `constraints.Rules` or None. Where these allow no token nothing is chosen.
   Returns:
     (`Choice`, memory).
   """
   c = config
   logits_BSV = logits_BSV.astype(jnp.float32)
   with jax.named_scope("choose_tokens"):
+    if rules is not None:
+      logits_BSV, possible_BS = rules.on_logits(logits_BSV)
+      masked_BS &= possible_BS
     filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
     uniform_BS = draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
     drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
       logits_BSV, filtered_BSV, mask_id, uniform_BS
     )
+    if rules is not None:
+      ruled_BS = rules.on_tokens(tokens_BS)
+      drawn_BS = jnp.where(ruled_BS == tokens_BS, drawn_BS, ruled_BS)
+      tokens_BS = ruled_BS
     confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, index_BS)
     entropy_BS = -remasking.negative_entropy(probs_BSV)
   with jax.named_scope("choose_positions"):

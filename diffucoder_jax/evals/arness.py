@@ -18,6 +18,7 @@ What the paper leaves open, and what is done here:
   "random" draws one. With one token a step the three agree. `tied_share` says how much it matters.
 - *Holes and padding.* Positions are counted among those that were to be written, so that filling two
   holes left to right scores 1, too.
+- *Tokens that were masked again* (`sampler.revoke`) count at the step that wrote them last.
 - A row with nothing to count is NaN, not 0.
 
 Under A.2 local@k is *not* bound to fall with k: the order 6, 5, 7 scores 0 at k = 1 and 1 at k = 2.

@@ -26,7 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from diffucoder_jax.diffusion.sampler import load_trace
+from diffucoder_jax.diffusion import trace as trace_lib
+from diffucoder_jax.diffusion.trace import load_trace
 from diffucoder_jax.evals import arness
 
 ABOUT = "about.json"
@@ -50,6 +51,8 @@ class Row(NamedTuple):
     confidence: float [steps, L], of every masked position before each step; None when not recorded.
     ended: whether an end token was written.
     revised: tokens that changed after they were committed; their last step counts.
+    revoked: int [L, R, 3] as in `sampler.Trace`, what stood there before that; None: nothing, or it is
+      not known, which is so of histories.
   """
 
   name: str
@@ -60,6 +63,7 @@ class Row(NamedTuple):
   confidence: np.ndarray | None
   ended: bool
   revised: int
+  revoked: np.ndarray | None = None
 
   def prompt(self):
     """What was given, as bytes: the same for samples of one problem."""
@@ -151,7 +155,7 @@ def read_file(path, ids, tail="trim"):
       )
   except (zipfile.BadZipFile, EOFError, OSError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not a whole trace or history ({error}); write it again") from error
-  tokens_BL, step_BL, written_BL, valid_BL, confidence_SBL, revised_BL = arrays
+  tokens_BL, step_BL, written_BL, valid_BL, confidence_SBL, revised_BL, revoked_BLR3 = arrays
   if tail == "keep":
     region_BL = written_BL
   else:
@@ -162,7 +166,9 @@ def read_file(path, ids, tail="trim"):
     name = stem if len(valid_BL) == 1 else f"{stem}/{b}"
     cut = (x[b, valid] for x in (tokens_BL, step_BL, written_BL, region_BL))
     confidence = None if confidence_SBL is None else confidence_SBL[:, b, valid]
-    rows.append(Row(name, *cut, confidence, bool(ended_B[b]), int(revised_BL[b, valid].sum())))
+    revoked = None if revoked_BLR3 is None else revoked_BLR3[b, valid]
+    revised = int(revised_BL[b, valid].sum())
+    rows.append(Row(name, *cut, confidence, bool(ended_B[b]), revised, revoked))
   return rows
 
 
@@ -174,7 +180,11 @@ def _from_trace(path, trace, mask_id):
     )
   tokens_BL, step_BL, valid_BL = (np.asarray(x) for x in (trace.tokens, trace.step, trace.valid))
   written_BL = valid_BL & ((step_BL >= 0) | (tokens_BL == mask_id))
-  return tokens_BL, step_BL, written_BL, valid_BL, None, np.zeros(tokens_BL.shape, bool)
+  revised_BL = np.zeros(tokens_BL.shape, bool)
+  if trace.revoked is not None:
+    was_BLR = trace.revoked[..., trace_lib.TOKEN]
+    revised_BL = np.any((was_BLR >= 0) & (was_BLR != tokens_BL[..., None]), axis=-1)
+  return tokens_BL, step_BL, written_BL, valid_BL, None, revised_BL, trace.revoked
 
 
 def _from_history(path, arrays, mask_id):
@@ -219,7 +229,7 @@ def _from_history(path, arrays, mask_id):
   revised_BL = np.any((before_SBL != mask_id) & (before_SBL != tokens_BL[None]), axis=0) & valid_BL
   if confidence_SBL is not None:
     confidence_SBL = np.where(before_SBL == mask_id, confidence_SBL, np.nan)
-  return tokens_BL, step_BL, written_BL, valid_BL, confidence_SBL, revised_BL
+  return tokens_BL, step_BL, written_BL, valid_BL, confidence_SBL, revised_BL, None
 
 
 def together(rows):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from diffucoder_jax.diffusion import queue, remasking
+from diffucoder_jax.diffusion.trace import canvas_after
 from diffucoder_jax.evals import arness
 from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
 from diffucoder_jax.runtime import sharding
@@ -13,8 +14,7 @@ from diffucoder_jax.runtime import sharding
 
 def canvas_before(row, step, mask_id):
   """The canvas, int32 [L], before a step of a `dumps.Row`."""
-  done_L = ~row.written | ((row.step >= 0) & (row.step < step))
-  return np.where(done_L, row.tokens, mask_id).astype(np.int32)
+  return canvas_after(row.tokens, row.step, row.revoked, step - 1, mask_id)
 
 
 # Apart, so that the network is compiled once for all temperatures.

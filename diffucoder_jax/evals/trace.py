@@ -3,8 +3,8 @@
 Everything here reads a `Trace` of diffusion/sampler.py (or anything with its fields as numpy
 arrays): tokens [B, L] int32, step [B, L] int32 (0-based step that committed the token, -1 = given
 or never committed), confidence and entropy [B, L] float32, nfe [B] int32, valid [B, L] bool.
-Because a committed token never changes, `step` is the whole history. People count from one, so the
-pictures show `step + 1`.
+`step` is the whole history, but for tokens that were masked again (`revoked`, where there is one).
+People count from one, so the pictures show `step + 1`.
 """
 
 import html
@@ -15,6 +15,8 @@ import unicodedata
 from typing import NamedTuple
 
 import numpy as np
+
+from diffucoder_jax.diffusion.trace import COMMITTED, canvas_after
 
 # Viridis made light enough that dark text reads on every colour: lightness still rises from early
 # (violet) to late (yellow), so the order survives colour blindness and grey print.
@@ -63,22 +65,44 @@ def step_colour(fraction):
   return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
+def events(trace, row):
+  """What was masked again in a row: list of (position, token, step of it, step that revoked it)."""
+  revoked = getattr(trace, "revoked", None)
+  if revoked is None:
+    return []
+  revoked_LR3 = np.asarray(revoked[row])
+  return [
+    (int(i), *map(int, revoked_LR3[i, r]))
+    for i, r in np.argwhere(revoked_LR3[:, :, COMMITTED] >= 0)
+  ]
+
+
+def state_after(trace, row, step, mask_id):
+  """The canvas after a step, int32 [L]; step -1: before anything was denoised."""
+  revoked = getattr(trace, "revoked", None)
+  revoked_LR3 = None if revoked is None else revoked[row]
+  return canvas_after(trace.tokens[row], trace.step[row], revoked_LR3, step, mask_id)
+
+
 def first_state(trace, row, mask_id):
   """The canvas before anything was denoised, int32 [L]: `mask_id` where a step commits a token."""
-  tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
-  return np.where(step_L >= 0, mask_id, tokens_L).astype(np.int32)
+  return state_after(trace, row, -1, mask_id)
+
+
+def change_steps(trace, row):
+  """The steps that committed or revoked something in a row, ascending, int."""
+  step_L = np.asarray(trace.step[row])
+  others = [step for event in events(trace, row) for step in event[1 + COMMITTED :]]
+  return np.unique([*step_L[step_L >= 0], *others]).astype(int)
 
 
 def states(trace, row, mask_id):
-  """Yields the tokens, int32 [L], after each denoising step that committed something in this row.
+  """Yields the tokens, int32 [L], after each denoising step that changed something in this row.
 
   The last state is `trace.tokens[row]`; a row in which nothing was committed yields nothing.
   """
-  tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
-  state_L = first_state(trace, row, mask_id)
-  for step in np.unique(step_L[step_L >= 0]):
-    state_L = np.where(step_L == step, tokens_L, state_L).astype(np.int32)
-    yield state_L
+  for step in change_steps(trace, row):
+    yield state_after(trace, row, step, mask_id)
 
 
 def pieces(ids, tokenizer):
@@ -196,7 +220,7 @@ def _text_panel(shapes, trace, row, tokenizer, columns, colour_of, steps, top):
 
 
 def _plot_panel(shapes, trace, row, mask_id, colour_of, steps, width, top):
-  """Adds position by step: a column is grey until its token is committed; returns the bottom."""
+  """Adds position by step: a column is grey while there is no token; returns the bottom."""
   tokens_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
   open_L = (step_L >= 0) | (np.asarray(trace.valid[row]) & (tokens_L == mask_id))
   first, last = np.flatnonzero(open_L)[[0, -1]]
@@ -214,6 +238,11 @@ def _plot_panel(shapes, trace, row, mask_id, colour_of, steps, width, top):
     if y < bottom:
       title = f"position {i}: committed at step {step_L[i] + 1}"
       shapes.append(Box(x, y, w, bottom - y, colour_of(step_L[i]), title))
+  for i, _, committed, revoked in events(trace, row):
+    x, w = left + (i - first) * across, across * (0.92 if across > 4 else 1.0)
+    title = f"position {i}: committed at step {committed + 1}, revoked at step {revoked + 1}"
+    y, height = top + down * (committed + 1), down * (revoked - committed)
+    shapes.append(Box(x, y, w, height, colour_of(committed), title))
   for step in sorted({0, steps // 2, steps}):
     shapes.append(Text(left - 6, top + down * (step + 0.5) + 4, str(step), "faint", "end"))
   shapes.append(Text(MARGIN, top - 8, "step \u2193", "faint"))
@@ -240,16 +269,18 @@ def draw(trace, row, tokenizer, columns=88):
   step_L = np.asarray(trace.step[row])
   if not (step_L >= 0).any():
     raise ValueError(f"row {row} of the trace has no token that was denoised: draw another row")
-  steps = int(step_L.max()) + 1
+  steps = int(change_steps(trace, row)[-1]) + 1
   width = 2 * MARGIN + columns * CELL
 
   def colour_of(step):
     return step_colour(step / max(steps - 1, 1))
 
-  nfe = int(trace.nfe[row])
+  nfe, undone = int(trace.nfe[row]), len(events(trace, row))
+  said = f"{(step_L >= 0).sum()} tokens, {nfe} network evaluations"
+  said += f", {undone} tokens revoked on the way" if undone else ""
   shapes = [
     Text(MARGIN, 26, "One completion as it was denoised, step by position", "ink"),
-    Text(MARGIN, 45, f"{(step_L >= 0).sum()} tokens, {nfe} network evaluations", "faint"),
+    Text(MARGIN, 45, said, "faint"),
   ]
   # The colour bar, top right.
   bar, x, y = 120, width - MARGIN - 120, 34

@@ -43,8 +43,8 @@ def record(trace, row, tokenizer, label):
     -2 = left masked), confidence and entropy (5 decimals; None where there is none), and
     alternatives (None, or for each token a list of [text, probability, 1 if chosen else 0]).
   Raises:
-    ValueError: there is no such row, nothing was denoised in it, or alternatives lack their
-      probabilities.
+    ValueError: there is no such row, nothing was denoised in it, tokens were masked again, or
+      alternatives lack their probabilities.
   """
   if not 0 <= row < len(trace.tokens):
     raise ValueError(f"the trace has {len(trace.tokens)} rows, so there is no row {row} to show")
@@ -52,6 +52,11 @@ def record(trace, row, tokenizer, label):
   ids_L, step_L = np.asarray(trace.tokens[row]), np.asarray(trace.step[row])
   if not (step_L >= 0).any():
     raise ValueError(f"row {row} of the trace has no token that was denoised: show another row")
+  if trace_lib.events(trace, row):
+    raise ValueError(
+      f"row {row} of the trace has tokens that were masked again (sampler.revoke), which the viewer does "
+      "not show: see the drawing of report --trace, or generate --show"
+    )
   step_L = np.where((step_L < 0) & (ids_L == tokenizer.mask_id), -2, step_L)
   texts = np.full(len(ids_L), None)
   texts[valid_L] = trace_lib.pieces(ids_L[valid_L], tokenizer)

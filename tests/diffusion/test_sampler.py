@@ -371,6 +371,9 @@ def test_rows_that_are_done_leave_the_batch(run, alg, temperature):
   )()
   jax.effects_barrier()
   for name, array in vars(got).items():
+    if name == "revoked":
+      assert array is None
+      continue
     np.testing.assert_allclose(array, getattr(wanted, name), rtol=0, atol=1e-5, err_msg=name)
   nfe = np.asarray(got.nfe)
   left = [int((nfe >= n).sum()) for n in range(1, nfe.max() + 1)]  # rows of each evaluation
