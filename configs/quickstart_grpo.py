@@ -34,6 +34,7 @@ def get_config(arg=None):
   c.problems.set = "problems"
   c.rollout.max_prompt_tokens = 48
   c.rollout.system = ""
+  c.rollout.batch_size = 32  # more do not fit into a CPU's caches
   c.sampler.max_new_tokens = 48
   c.sampler.steps = 12
   # Not the paper's 1.2 and 0.95. Without a nucleus a network this small writes a quarter of its answers

@@ -18,6 +18,9 @@ SFT_STEPS=${SFT_STEPS:-1400}       # on small programming problems
 RL_STEPS=${RL_STEPS:-24}           # on the rewards of running its answers to more of them
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+# What one step compiled another one need not, nor the same step when it is started again.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$WORKDIR/compiled}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 TOKENIZER=$WORKDIR/tokenizer.model
 
 step() { echo; echo "== $* (minute $((SECONDS / 60)))"; }
