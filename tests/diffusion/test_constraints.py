@@ -132,20 +132,22 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_nothing_breaks_a_constraint(setting):
-  trace = run(EVERYTHING, **SETTINGS[setting])
+def assert_kept(trace):
   tokens_BN = new_tokens(trace)
   assert not np.isin(tokens_BN, [0, 13, MASK]).any()
   assert (tokens_BN[:, -2:] == [10, 11]).all()
   assert (tokens_BN[:, [0, 3]] == 12).all()
-  assert (
-    not np.isin(tokens_BN[:, [1, 5]], [2, 3, 4]).any() and np.isin(tokens_BN[:, 4], [5, 6, 7]).all()
-  )
+  assert not np.isin(tokens_BN[:, [1, 5]], [2, 3, 4]).any()
+  assert np.isin(tokens_BN[:, 4], [5, 6, 7]).all()
   shown = sampler.history(trace, MASK)[:, :, -NEW:]
   assert not np.isin(shown, [0, 13]).any() and (shown[:, :, -2:] == [10, 11]).all()
   likely = trace.alternatives[:, -NEW:][trace.alternative_probs[:, -NEW:] > 0]
   assert not np.isin(likely, [0, 13]).any()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nothing_breaks_a_constraint(setting):
+  assert_kept(run(EVERYTHING, **SETTINGS[setting]))
 
 
 @pytest.mark.parametrize("setting", ["drawn", "blocks", "revoked"])
@@ -273,4 +275,4 @@ def test_a_cache_keeps_them_too():
   for name in ("tokens", "step", "nfe"):
     np.testing.assert_array_equal(getattr(trace, name), getattr(wanted, name), err_msg=name)
   np.testing.assert_allclose(trace.confidence, wanted.confidence, rtol=0, atol=1e-5)
-  assert (new_tokens(trace)[:, -2:] == [10, 11]).all()
+  assert_kept(trace)
