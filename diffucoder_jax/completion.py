@@ -13,7 +13,7 @@ from diffucoder_jax.diffusion import autoregressive, cache, canvas, process
 from diffucoder_jax.diffusion import sampler as sampler_lib
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import windows
-from diffucoder_jax.model.transformer import Transformer, next_logits_fn
+from diffucoder_jax.model.transformer import Transformer, next_logits_fn, unembed_fn
 from diffucoder_jax.runtime import sharding
 
 # Canvases are padded to a multiple of this, so that prompts of similar length share one program.
@@ -165,12 +165,11 @@ def _sample(ckpt, rows, keys, config):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(model_config, sampler_config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B):
   window = cache.WINDOWS.get(sampler_config.cache)
-  logits_fn = windows.logits_fn(
-    Transformer(model_config), params, sampler_config.block_size, window
-  )
+  model = Transformer(model_config)
+  features_fn = windows.features_fn(model, params, sampler_config.block_size, window)
   return sampler_lib.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, sampler_config,
-    mask_id=mask_id, eos_id=eos_id, slots=slots,
+    features_fn, canvas_BL, valid_BL, keys_B, sampler_config,
+    mask_id=mask_id, eos_id=eos_id, slots=slots, unembed=unembed_fn(model, params),
   )  # fmt: skip
 
 

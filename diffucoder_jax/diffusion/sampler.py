@@ -152,8 +152,9 @@ def load_trace(path):
 
 
 def generate(
-  logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None, batch_sizes=()
-):
+  logits_fn, canvas, valid, keys, config, *, mask_id, eos_id=-1, slots=None, batch_sizes=(),
+  unembed=lambda logits: logits,
+):  # fmt: skip
   """Denoises a canvas.
 
   Args:
@@ -172,6 +173,8 @@ def generate(
     batch_sizes: numbers of rows, less than B: when so few rows are left to be written, only those
       go through the network. Changes no token but through rounding; each size is another copy of
       the network to compile. Every one must be a multiple of the mesh's batch shards.
+    unembed: makes logits of features, [B, S, D] to [B, S, V] for any B and S. It is asked for those
+      of positions that are still to be written, and of so many at a time that [B, S, V] never exists.
   Returns:
     `Trace`.
   """
@@ -187,7 +190,7 @@ def generate(
   rows = canvases.rows_of(jnp.asarray(canvas), jnp.asarray(valid), keys, mask_id, plan.slots)
 
   def look(rows, canvas_BL, block, step, kept):
-    """(logits_BWV of a block, what is kept for the next step)."""
+    """(logits of a block, or its features; what is kept for the next step)."""
     if not cached:
       where = [plan.of_block(rows.index, block)] if some else []
       return logits_fn(canvas_BL, rows.valid, *where), None
@@ -198,9 +201,13 @@ def generate(
   if cached:
     shapes = jax.eval_shape(lambda: logits_fn[0](rows.canvas, rows.valid, 1)[1])
     kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  evaluate = functools.partial(_evaluate, plan, look)
+  evaluate = functools.partial(_evaluate, plan, look, unembed)
   sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
-  denoise = functools.partial(_denoise, plan, evaluate, look, sizes, rows)
+  memory = lambda: None  # noqa: E731
+  if config.kl_bound:
+    logits_BWV = jax.eval_shape(lambda: unembed(look(rows, rows.canvas, 0, 0, kept)[0]))
+    memory = functools.partial(unmasking.forgetting, logits_BWV.shape)
+  denoise = functools.partial(_denoise, plan, evaluate, memory, sizes, rows)
   state = _empty_trace(rows, config), None, kept
   if plan.blocks == 1:
     trace = denoise(0, state)[0]
@@ -264,11 +271,12 @@ def _make_plan(config, slots, mask_id, eos_id):
   return _Plan(config, mask_id, eos_id, width, blocks, steps, ratios_T, refreshes_T)
 
 
-def _denoise(plan, evaluate, look, sizes, rows, block, state):
+def _denoise(plan, evaluate, memory, sizes, rows, block, state):
   """Writes a block, or the whole canvas.
 
   Args:
-    evaluate, look: as in `generate`. sizes: numbers of rows that may go through the network together.
+    evaluate: `_evaluate` of this generation. memory: makes what the first evaluation compares with.
+    sizes: numbers of rows that may go through the network together.
     state: (`Trace` [B, S], `unmasking.Memory` or None, what a cache keeps or None).
   """
   c = plan.config
@@ -302,20 +310,17 @@ def _denoise(plan, evaluate, look, sizes, rows, block, state):
     step, (trace, _, _) = carry
     return (step < plan.steps) & jnp.any(plan.wanted(rows, trace, block))
 
-  trace, memory, kept = state
-  if c.kl_bound:
-    logits_BWV = jax.eval_shape(lambda: look(rows, rows.canvas, 0, 0, kept)[0])
-    memory = unmasking.forgetting(logits_BWV.shape)
-  start = jnp.zeros((), jnp.int32), (trace, memory, kept)
+  trace, _, kept = state
+  start = jnp.zeros((), jnp.int32), (trace, memory(), kept)
   trace, _, kept = jax.lax.while_loop(unfinished, body, start)[1]
   return trace, None, kept
 
 
-def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
+def _evaluate(plan, look, unembed, rows, block, step, state, count_B, active_B):
   """One step of a block: reads the canvases of all `rows` and writes into those that are active."""
   c = plan.config
   trace, memory, kept = state
-  logits_BWV, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
+  x_BWX, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
   index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
   masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
   number = block * plan.steps + step  # of all blocks
@@ -324,13 +329,14 @@ def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
     keys_BW = unmasking.noise_keys(rows.keys, number, plan.of_block(rows.logical, block))
   chance = jnp.where(step == plan.steps - 1, 1.0, plan.ratios[step])
   choice, memory = unmasking.choose(
-    logits_BWV, masked_BW & active_B[:, None], count_B, chance, keys_BW, index_BW, c, plan.mask_id,
-    memory,
+    x_BWX, unembed, masked_BW & active_B[:, None], count_B, chance, keys_BW, index_BW, c,
+    plan.mask_id, memory,
   )  # fmt: skip
   found = {"tokens": choice.tokens, "step": number, "confidence": choice.confidence,
            "entropy": choice.entropy}  # fmt: skip
   if c.alternatives:
-    found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)
+    found["alternatives"] = choice.alternatives
+    found["alternative_probs"] = choice.alternative_probs
 
   def note(name, new_BW):
     old_BS = getattr(trace, name)

@@ -20,7 +20,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import autoregressive, cache, canvas, sampler
 from diffucoder_jax.evals import benchmarks, prompts
 from diffucoder_jax.model import windows
-from diffucoder_jax.model.transformer import Transformer, next_logits_fn
+from diffucoder_jax.model.transformer import Transformer, next_logits_fn, unembed_fn
 from diffucoder_jax.runtime import sharding
 
 LENGTH_STEP = 32  # canvases are padded to multiples of this, so that few programs are compiled
@@ -174,11 +174,13 @@ def _batch(ckpt, rows, keys, config, slots, cached):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(model_config, config, mask_id, eos_id, slots, params, canvas_BL, valid_BL, keys_B2):
   window = cache.WINDOWS.get(config.cache)
-  logits_fn = windows.logits_fn(Transformer(model_config), params, config.block_size, window)
+  model = Transformer(model_config)
+  features_fn = windows.features_fn(model, params, config.block_size, window)
   keys_B = jax.random.wrap_key_data(keys_B2)
   return sampler.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, eos_id=eos_id, slots=slots
-  )
+    features_fn, canvas_BL, valid_BL, keys_B, config,
+    mask_id=mask_id, eos_id=eos_id, slots=slots, unembed=unembed_fn(model, params),
+  )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -15,7 +15,7 @@ import numpy as np
 from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import canvas, sampler
 from diffucoder_jax.grpo import objective
-from diffucoder_jax.model.transformer import canvas_logits_fn
+from diffucoder_jax.model.transformer import canvas_features_fn, unembed_fn
 from diffucoder_jax.runtime import hosts, sharding
 
 LENGTH_STEP = 32  # prompts are padded to multiples of this, so that few programs are compiled
@@ -101,8 +101,8 @@ def _sample(model, config, mask_id, eos_id, params, canvas_BL, valid_BL, key, ro
   keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
   slots = config.max_new_tokens + -config.max_new_tokens % SLOTS_STEP
   return sampler.generate(
-    canvas_logits_fn(model, params), canvas_BL, valid_BL, keys_B, config,
-    mask_id=mask_id, eos_id=eos_id, slots=slots,
+    canvas_features_fn(model, params), canvas_BL, valid_BL, keys_B, config,
+    mask_id=mask_id, eos_id=eos_id, slots=slots, unembed=unembed_fn(model, params),
   )  # fmt: skip
 
 
