@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from diffucoder_jax import completion, pretrained, train, train_grpo
 from diffucoder_jax.data import batching
+from diffucoder_jax.diffusion import proposal
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
@@ -160,6 +161,13 @@ def prepare_update(config, mesh, options):
   return Prepared(fn, args, work, rounds.rows, rounds.length, accumulate, True, hints)
 
 
+def _sampling_hints(length, rows, slots, mesh):
+  """Half of the places are masked in the mean step, and only these need logits."""
+  masked = rows * slots / 2 / sharding.batch_shards(mesh)
+  often = hlo.Hint("choose_tokens", 16, "the edges of nucleus and top-k are often found by then")
+  return (often, *_hints(length, masked, proposal.CHUNK))
+
+
 def _sampling_work(model_config, rows, length, config, slots):
   steps = config.steps or config.max_new_tokens
   return cost.scoring(model_config, rows * length, length, steps, rows * slots)
@@ -175,7 +183,7 @@ def prepare_rollout(config, mesh, options):
     _by_row(mesh, jnp.int32, rows),
   )  # fmt: skip
   work = _sampling_work(rounds.model.config, rows, length, rounds.sampler, new)
-  hints = _hints(length, 1, 1)
+  hints = _sampling_hints(length, rows, new, mesh)
   return Prepared(rollout._sample, args, work, rows, length, 1, False, hints)
 
 
@@ -193,7 +201,8 @@ def prepare_generate(config, mesh, options):
     _by_row(mesh, bool, rows, length), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
   )  # fmt: skip
   work = _sampling_work(model_config, rows, length, sampler, sampler.max_new_tokens)
-  return Prepared(completion._run, args, work, rows, length, 1, False, _hints(length, 1, 1))
+  hints = _sampling_hints(length, rows, sampler.max_new_tokens, mesh)
+  return Prepared(completion._run, args, work, rows, length, 1, False, hints)
 
 
 PROGRAMS = {

@@ -48,7 +48,7 @@ def propose(logits_BSV, uniform_BS, index_BS, config, mask_id, before_BSV=None, 
 def propose_where(
   needed_BS, x_BSX, unembed, uniform_BS, index_BS, config, mask_id, before_BSV=None
 ):
-  """`propose` where it is needed; elsewhere zeros, or as before.
+  """`propose` where it is needed; what it says elsewhere means nothing.
 
   Args:
     needed_BS: bool. On a mesh B is a multiple of its batch shards.

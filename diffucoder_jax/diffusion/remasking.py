@@ -110,7 +110,7 @@ def _first_largest(x_BLV):
   return jnp.min(jnp.where(is_top_BLV, place_V[None, None, :], x_BLV.shape[-1] - 1), axis=-1)
 
 
-def _inverse_cdf(probs_BLV, uniform_BL, width=128):
+def _inverse_cdf(probs_BLV, uniform_BL, width=32):
   """The token whose share of the cumulative probability `uniform_BL` falls into, int32 [B, L].
 
   One random number for each position instead of one for each token: on CPU the latter cost as much
