@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffucoder_jax import pretrained, train, train_grpo
 from diffucoder_jax.data import batching
-from diffucoder_jax.diffusion import pace, queue
+from diffucoder_jax.diffusion import pace, proposal, queue
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.grpo import rollout
 from diffucoder_jax.grpo.rounds import Rounds, draw_passes
@@ -161,6 +161,13 @@ def prepare_update(config, mesh, options):
   return Prepared(fn, args, work, rounds.rows, rounds.length, accumulate, True, hints)
 
 
+def _sampling_hints(length, rows, slots, mesh):
+  """Half of the places are masked in the mean step, and only these need logits."""
+  masked = rows * slots / 2 / sharding.batch_shards(mesh)
+  often = hlo.Hint("choose_tokens", 16, "the edges of nucleus and top-k are often found by then")
+  return (often, *_hints(length, masked, proposal.CHUNK))
+
+
 def _sampling_work(model_config, rows, length, config, slots):
   steps = config.steps or config.max_new_tokens
   return cost.scoring(model_config, rows * length, length, steps, rows * slots)
@@ -174,7 +181,7 @@ def prepare_rollout(config, mesh, options):
   work = _sampling_work(
     rounds.model.config, rows, rounds.length, rounds.sampler, rounds.sampler.max_new_tokens
   )
-  hints = _hints(rounds.length, 1, 1)
+  hints = _sampling_hints(rounds.length, rows, rounds.sampler.max_new_tokens, mesh)
   return Prepared(queue.write_any_order, args, work, rows, rounds.length, 1, False, hints)
 
 
@@ -202,7 +209,8 @@ def prepare_generate(config, mesh, options):
   length = options.prompt_tokens + sampler.max_new_tokens
   args = _written(model_config, sampler, END_OF_TEXT, rows, length, mesh)
   work = _sampling_work(model_config, rows, length, sampler, sampler.max_new_tokens)
-  return Prepared(queue.write_any_order, args, work, rows, length, 1, False, _hints(length, 1, 1))
+  hints = _sampling_hints(length, rows, sampler.max_new_tokens, mesh)
+  return Prepared(queue.write_any_order, args, work, rows, length, 1, False, hints)
 
 
 PROGRAMS = {

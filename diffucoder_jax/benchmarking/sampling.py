@@ -12,7 +12,7 @@ from diffucoder_jax.benchmarking import networks, table, timing, twins
 from diffucoder_jax.diffusion import canvas, sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import cost
-from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
+from diffucoder_jax.model.transformer import Transformer, canvas_features_fn, unembed_fn
 
 OURS, TWIN, DREAM, FLOOR = "ours, jitted", "PyTorch twin", "Dream's own code", "matmul floor"
 
@@ -144,18 +144,17 @@ def compare(ckpt, models, ids_BL, config, repeats, matmul_size):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(model_config, config, mask_id, slots, params, canvas_BL, valid_BL, keys_B):
-  logits_fn = canvas_logits_fn(Transformer(model_config), params)
+  model = Transformer(model_config)
   return sampler.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id, slots=slots
-  )
+    canvas_features_fn(model, params), canvas_BL, valid_BL, keys_B, config,
+    mask_id=mask_id, slots=slots, unembed=unembed_fn(model, params),
+  )  # fmt: skip
 
 
 def our_sampler(ckpt, ids_BL, config):
   """Our side of it: (task that returns a `Trace`, seconds of compilation)."""
   length = ids_BL.shape[1] + config.max_new_tokens
-  canvas_BL, valid_BL = canvas.lay_out(
-    ids_BL.tolist(), length, config.max_new_tokens, ckpt.mask_id
-  )
+  canvas_BL, valid_BL = canvas.lay_out(ids_BL.tolist(), length, config.max_new_tokens, ckpt.mask_id)
   with jax.set_mesh(ckpt.mesh):
     arrays = jax.device_put((canvas_BL, valid_BL, sampler.row_keys(0, len(ids_BL))))
     fixed = ckpt.config, config, ckpt.mask_id, config.max_new_tokens

@@ -9,7 +9,7 @@ holds for all later steps.
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.diffusion import remasking, sampler, unmasking
+from diffucoder_jax.diffusion import proposal, sampler, unmasking
 
 ALG = "left_to_right"
 
@@ -59,19 +59,15 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
 
   def write(step, logits_BV, trace, ended_B):
     """Chooses a token for the place of this step. Returns it as well: an ended row's is not kept."""
-    with jax.named_scope("choose_tokens"):
-      logits_B1V = logits_BV.astype(jnp.float32)[:, None]
-      index_B1 = jnp.broadcast_to(first + step, (len(canvas), 1))
-      uniform_B1 = None
-      if c.temperature > 0:
-        keys_B1 = unmasking.noise_keys(
-          keys, jnp.broadcast_to(step, len(canvas)), jnp.take_along_axis(logical_BL, index_B1, axis=1)
-        )
-        uniform_B1 = unmasking.draw(jax.random.uniform, keys_B1, unmasking.TOKEN)
-      filtered_B1V = remasking.filter_logits(logits_B1V, c.temperature, c.top_p, c.top_k)
-      drawn_B1, tokens_B1, probs_B1V = remasking.draw_tokens(
-        logits_B1V, filtered_B1V, mask_id, uniform_B1
+    index_B1 = jnp.broadcast_to(first + step, (len(canvas), 1))
+    uniform_B1 = None
+    if c.temperature > 0:
+      keys_B1 = unmasking.noise_keys(
+        keys, jnp.broadcast_to(step, len(canvas)), jnp.take_along_axis(logical_BL, index_B1, axis=1)
       )
+      uniform_B1 = unmasking.draw(jax.random.uniform, keys_B1, unmasking.TOKEN)
+    found = proposal.propose(logits_BV[:, None], uniform_B1, index_B1, c, mask_id)
+    tokens_B1 = found["tokens"]
 
     def put(x_BL, value_B1):
       old_B1 = jax.lax.dynamic_slice_in_dim(x_BL, step, 1, axis=1)
@@ -81,8 +77,8 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
     trace = trace.replace(
       tokens=put(trace.tokens, tokens_B1),
       step=put(trace.step, jnp.broadcast_to(step, tokens_B1.shape)),
-      confidence=put(trace.confidence, remasking.CONFIDENCE[ALG](probs_B1V, drawn_B1, index_B1)),
-      entropy=put(trace.entropy, -remasking.negative_entropy(probs_B1V)),
+      confidence=put(trace.confidence, found["confidence"]),
+      entropy=put(trace.entropy, found["entropy"]),
       nfe=trace.nfe + ~ended_B,
     )
     if c.stop_at_eos:

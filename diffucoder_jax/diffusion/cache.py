@@ -23,7 +23,7 @@ WINDOWS = {
 
 
 def look(network, canvas_BL, valid_BL, start, refresh, kept):
-  """Logits of the block of W places that begins at `start`, and what is kept.
+  """Logits (or features) of the block of W places that begins at `start`, and what is kept.
 
   Args:
     network: (fresh, again). fresh: (canvas_BL, valid_BL, start) -> (logits_BWV, kept), from the whole

@@ -166,6 +166,11 @@ class Rules(NamedTuple):
   step: jax.Array
   mask_id: int
 
+  def by_position(self, width):
+    """(place_BW, written_BWP, step_BW): what hooks look at of each position by itself."""
+    written_BWP = jnp.repeat(self.written[:, None], width, axis=1)
+    return self.place, written_BWP, jnp.repeat(self.step[:, None], width, axis=1)
+
   def on_logits(self, logits_BWV):
     """(constrained logits_BWV, bool [B, W]: whether any token may be written). Where none may the logits
     mean nothing."""

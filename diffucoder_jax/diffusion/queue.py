@@ -50,8 +50,8 @@ def write(
   """Writes the masks of rows, and new tokens behind them.
 
   Args:
-    network: (any_order, in_order). any_order: (params, width, window) -> the logits_fn of
-      `sampler.generate`; in_order: (params, valid_BL) -> that of `autoregressive.generate`, or None
+    network: (any_order, in_order). any_order: (params, width, window) -> (logits_fn, unembed)
+      of `sampler.generate`; in_order: (params, valid_BL) -> that of `autoregressive.generate`, or None
       where the network sees both ways. Programs are kept by these two functions.
     params: the network's, laid out over `mesh`.
     rows: lists of token ids, none empty, in which `mask_id` is a place to write; on every host all.
@@ -157,12 +157,12 @@ def write_any_order(
   network, config, fixed, params, canvas_BL, valid_BL, pace, keys_B2, constraints=None
 ):
   """The program of batches that `sampler.generate` writes; see `write`."""
-  logits_fn = network(params, config.block_size, cache.WINDOWS.get(config.cache))
+  features_fn, unembed = network(params, config.block_size, cache.WINDOWS.get(config.cache))
   keys_B = jax.random.wrap_key_data(keys_B2)
   slots = min(fixed.slots, canvas_BL.shape[1])
   return sampler.generate(
-    logits_fn, canvas_BL, valid_BL, keys_B, config, mask_id=fixed.mask_id, end_ids=fixed.end_ids,
-    slots=slots, pace=pace, batch_sizes=fixed.batch_sizes, constraints=constraints,
+    features_fn, canvas_BL, valid_BL, keys_B, config, mask_id=fixed.mask_id, end_ids=fixed.end_ids,
+    slots=slots, pace=pace, batch_sizes=fixed.batch_sizes, constraints=constraints, unembed=unembed,
   )  # fmt: skip
 
 

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-REMOVED = jnp.finfo(jnp.float32).min  # as in the reference: finite, so that nothing becomes NaN
 
-
-def filter_logits(logits_BLV, temperature=0.0, top_p=1.0, top_k=0):
-  """Temperature, then nucleus, then top-k, in Dream's order; removed logits become `REMOVED`.
+def filtered_probs(logits_BLV, temperature=0.0, top_p=1.0, top_k=0):
+  """What is left after temperature, then nucleus, then top-k, in Dream's order; float32 [B, L, V].
 
   Args:
     logits_BLV: float32.
@@ -24,62 +22,96 @@ def filter_logits(logits_BLV, temperature=0.0, top_p=1.0, top_k=0):
   """
   if temperature > 0:
     logits_BLV = logits_BLV / temperature
+  top_BL1 = jnp.max(logits_BLV, axis=-1, keepdims=True)
+  odds_BLV = jnp.exp(logits_BLV - top_BL1)  # to the most likely token
+  probs_BLV = odds_BLV / jnp.sum(odds_BLV, axis=-1, keepdims=True)
+  kept = []
   if top_p < 1.0:
-    probs_BLV = jax.nn.softmax(logits_BLV, axis=-1)
-    smallest_BL = _nucleus_edge(probs_BLV, top_p)
-    logits_BLV = jnp.where(probs_BLV < smallest_BL[..., None], REMOVED, logits_BLV)
+    kept.append(probs_BLV >= _nucleus_edge(probs_BLV, top_p)[..., None])
   if 0 < top_k < logits_BLV.shape[-1]:
-    kth_BL = jax.lax.top_k(logits_BLV, top_k)[0][..., -1]
-    logits_BLV = jnp.where(logits_BLV < kth_BL[..., None], REMOVED, logits_BLV)
-  return logits_BLV
+    # Of all logits: those that the nucleus removes are below those it keeps, so they change nothing
+    # where it keeps k, and where it keeps fewer, all of these stay.
+    kept.append(logits_BLV >= _kth_largest(logits_BLV, top_k)[..., None])
+  if not kept:
+    return probs_BLV
+  odds_BLV = jnp.where(functools.reduce(jnp.logical_and, kept), odds_BLV, 0.0)
+  return odds_BLV / jnp.sum(odds_BLV, axis=-1, keepdims=True)
 
 
 def _nucleus_edge(probs_BLV, top_p):
   """Smallest probability that the nucleus keeps, float32 [B, L].
 
   A token stays when the tokens that are more likely than it do not yet exceed top_p together; so
-  the one that crosses stays, and tied tokens stay or go together (a sort would split them). Found
-  by bisection over the bits of a non-negative float, which are ordered like its value: 31 sums
-  instead of a sort, which takes 10 times as long on CPU and is worse on TPU.
+  the one that crosses stays, and tied tokens stay or go together (a sort would split them).
   """
-  return jax.lax.platform_dependent(
-    probs_BLV,
-    cpu=functools.partial(_edge_by_position, top_p=top_p),
-    default=functools.partial(_edge_at_once, top_p=top_p),
-  )
+  # What is below so small a probability has not a half of 1 - top_p together.
+  low_BL = jnp.full(probs_BLV.shape[:-1], (1 - top_p) / (2 * probs_BLV.shape[-1]), jnp.float32)
+  # Each token between the bounds weighs more than the lower one: when they weigh less than two
+  # such together, it is one token. The rest is for the rounding of sums over a whole vocabulary.
+  alone = lambda low_BL, weight_BL: weight_BL + 1e-4 < 2 * low_BL  # noqa: E731
+  return _edge(probs_BLV, probs_BLV, top_p, low_BL, jnp.max(probs_BLV, axis=-1), alone)
 
 
-def _edge_by_position(probs_BLV, top_p):
-  """`_edge_at_once`, a position of all rows at a time: that much stays in a CPU's caches through the
-  31 sums, which makes them four times as fast."""
-
-  def one(i, edge_BL):
-    probs_B1V = jax.lax.dynamic_slice_in_dim(probs_BLV, i, 1, axis=1)
-    edge_B1 = _edge_at_once(probs_B1V, top_p)
-    return jax.lax.dynamic_update_slice_in_dim(edge_BL, edge_B1, i, axis=1)
-
-  return jax.lax.fori_loop(0, probs_BLV.shape[1], one, jnp.zeros_like(probs_BLV[..., 0]))
+def _kth_largest(logits_BLV, k):
+  """float32 [B, L], for `k` in 1..V - 1."""
+  low_BL = jnp.nextafter(jnp.min(logits_BLV, axis=-1), -jnp.inf)
+  alone = lambda low_BL, weight_BL: weight_BL < 2  # noqa: E731
+  return _edge(logits_BLV, 1.0, k - 1, low_BL, jnp.max(logits_BLV, axis=-1), alone)
 
 
-def _edge_at_once(probs_BLV, top_p):
-  """The bisection of `_nucleus_edge`, of all positions together."""
+def _edge(values_BLV, weights_BLV, limit, low_BL, high_BL, alone):
+  """The smallest of the values that has no more than `limit` of weight above it, float32 [B, L].
 
-  def halve(_, bounds):
-    low_BL, high_BL = bounds  # the edge lies in (low, high]
-    middle_BL = low_BL + (high_BL - low_BL) // 2
-    edge_BL = jax.lax.bitcast_convert_type(middle_BL, jnp.float32)
-    above_BL = jnp.sum(jnp.where(probs_BLV > edge_BL[..., None], probs_BLV, 0.0), axis=-1)
-    enough_BL = above_BL <= top_p
-    return jnp.where(enough_BL, low_BL, middle_BL), jnp.where(enough_BL, middle_BL, high_BL)
+  Args:
+    low_BL, high_BL: it is above the one, and not above the other.
+    alone: (low_BL, weight_BL between the bounds) -> whether that can be one value only.
 
-  # -1 and 1.0: no token is more likely than 1, and bit pattern -1 is below every edge tried.
-  low_BL = jnp.full(probs_BLV.shape[:-1], -1, jnp.int32)
-  high_BL = jax.lax.bitcast_convert_type(jnp.ones(probs_BLV.shape[:-1], jnp.float32), jnp.int32)
-  _, edge_BL = jax.lax.fori_loop(0, 31, halve, (low_BL, high_BL))
-  return jax.lax.bitcast_convert_type(edge_BL, jnp.float32)
+  By bisection over the bits of floats, which can be ordered like their values: up to 32 sums, often
+  ten, instead of a sort, which takes longer on CPU and is worse on TPU; of a vocabulary that is
+  sharded only sums cross devices.
+  """
+
+  def halve(bounds):
+    low_BL, high_BL, above_low_BL, above_high_BL = bounds
+    middle_BL = (low_BL & high_BL) + ((low_BL ^ high_BL) >> 1)  # rounded down; no overflow
+    is_above_BLV = values_BLV > _value_of(middle_BL)[..., None]
+    above_BL = jnp.sum(jnp.where(is_above_BLV, weights_BLV, 0.0), axis=-1)
+    enough_BL = above_BL <= limit
+    return (
+      jnp.where(enough_BL, low_BL, middle_BL), jnp.where(enough_BL, middle_BL, high_BL),
+      jnp.where(enough_BL, above_low_BL, above_BL), jnp.where(enough_BL, above_BL, above_high_BL),
+    )  # fmt: skip
+
+  def unfinished(bounds):
+    low_BL, high_BL, above_low_BL, above_high_BL = bounds
+    one_BL = alone(_value_of(low_BL), above_low_BL - above_high_BL)
+    return jnp.any((low_BL + 1 < high_BL) & ~one_BL)
+
+  start = (
+    _order_of(low_BL), _order_of(high_BL), jnp.full_like(low_BL, jnp.inf), jnp.zeros_like(high_BL)
+  )  # fmt: skip
+  edge_BL = _value_of(jax.lax.while_loop(unfinished, halve, start)[1])
+  return jnp.max(jnp.where(values_BLV <= edge_BL[..., None], values_BLV, -jnp.inf), axis=-1)
 
 
-def _inverse_cdf(probs_BLV, uniform_BL, width=128):
+def _order_of(x):
+  """int32 that are ordered like the float32; `_value_of` is the inverse."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # more bits make a negative float smaller
+
+
+def _value_of(order):
+  return jax.lax.bitcast_convert_type(order ^ ((order >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def _first_largest(x_BLV):
+  """`jnp.argmax` over the vocabulary, which XLA on CPU takes token by token."""
+  place_V = jnp.arange(x_BLV.shape[-1], dtype=jnp.int32)
+  is_top_BLV = x_BLV == jnp.max(x_BLV, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(is_top_BLV, place_V[None, None, :], x_BLV.shape[-1] - 1), axis=-1)
+
+
+def _inverse_cdf(probs_BLV, uniform_BL, width=32):
   """The token whose share of the cumulative probability `uniform_BL` falls into, int32 [B, L].
 
   One random number for each position instead of one for each token: on CPU the latter cost as much
@@ -102,33 +134,31 @@ def _inverse_cdf(probs_BLV, uniform_BL, width=128):
   return block_BL1[..., 0] * width + jnp.minimum(inside_BL, possible_BL)
 
 
-def draw_tokens(logits_BLV, filtered_BLV, mask_id, uniform_BL=None):
+def draw_tokens(logits_BLV, probs_BLV, mask_id, uniform_BL=None):
   """The reference's token at each position, and the one to write, which is never `mask_id`.
 
   Args:
     logits_BLV: float32, as the network gave them.
-    filtered_BLV: `filter_logits` of them.
+    probs_BLV: `filtered_probs` of them.
     mask_id: int.
     uniform_BL: uniform numbers in [0, 1) for a draw; None: the most likely token (first on ties).
   Returns:
-    (drawn_BL, tokens_BL, probs_BLV): `drawn` is what confidence is measured on. Where it is MASK
+    (drawn_BL, tokens_BL), int32: `drawn` is what confidence is measured on. Where it is MASK
     the reference writes it, so that the position silently stays masked, perhaps to the end; here
     the best other token is written. Order and confidence stay the reference's.
   """
-  probs_BLV = jax.nn.softmax(filtered_BLV, axis=-1)
   if uniform_BL is None:
-    drawn_BL = jnp.argmax(probs_BLV, axis=-1)
+    drawn_BL = _first_largest(probs_BLV)
   else:
-    drawn_BL = _inverse_cdf(probs_BLV, uniform_BL)
-  drawn_BL = drawn_BL.astype(jnp.int32)
+    drawn_BL = _inverse_cdf(probs_BLV, uniform_BL).astype(jnp.int32)
 
   def best_other():
     is_mask_11V = (jnp.arange(logits_BLV.shape[-1]) == mask_id)[None, None, :]
-    return jnp.argmax(jnp.where(is_mask_11V, -jnp.inf, logits_BLV), axis=-1).astype(jnp.int32)
+    return _first_largest(jnp.where(is_mask_11V, -jnp.inf, logits_BLV))
 
   # Hardly ever wanted, and one more pass over all logits.
   other_BL = jax.lax.cond(jnp.any(drawn_BL == mask_id), best_other, lambda: drawn_BL)
-  return drawn_BL, jnp.where(drawn_BL == mask_id, other_BL, drawn_BL), probs_BLV
+  return drawn_BL, jnp.where(drawn_BL == mask_id, other_BL, drawn_BL)
 
 
 def negative_entropy(probs_BLV):
@@ -136,29 +166,29 @@ def negative_entropy(probs_BLV):
   return jnp.sum(probs_BLV * jnp.log(probs_BLV + 1e-10), axis=-1)
 
 
-def probability(probs_BLV, tokens_BL):
-  """That of one token at each position, float32 [B, L]."""
-  return jnp.take_along_axis(probs_BLV, tokens_BL[..., None], axis=-1)[..., 0]
-
-
-def _probability(probs_BLV, drawn_BL, index_BL):
-  return probability(probs_BLV, drawn_BL)
+def probability(probs_BLV, drawn_BL, index_BL=None):
+  """Of what was drawn, float32 [B, L]."""
+  return jnp.take_along_axis(probs_BLV, drawn_BL[..., None], axis=-1)[..., 0]
 
 
 def _margin(probs_BLV, drawn_BL, index_BL):
-  top_BL2 = jax.lax.top_k(probs_BLV, 2)[0]
-  return top_BL2[..., 0] - top_BL2[..., 1]
+  first_BL1 = _first_largest(probs_BLV)[..., None]
+  place_V = jnp.arange(probs_BLV.shape[-1], dtype=jnp.int32)
+  others_BLV = jnp.where(place_V[None, None, :] == first_BL1, -jnp.inf, probs_BLV)
+  return jnp.max(probs_BLV, axis=-1) - jnp.max(others_BLV, axis=-1)
 
 
 # How sure a position is: (probs_BLV, drawn_BL, index_BL: its place on the canvas) -> float32 [B, L],
 # higher commits first.
 CONFIDENCE = {
-  "origin": _probability,  # recorded only: origin picks positions at random
-  "maskgit_plus": _probability,
+  "origin": probability,  # recorded only: origin picks positions at random
+  "maskgit_plus": probability,
   "topk_margin": _margin,  # of the two best, whatever was drawn
   "entropy": lambda probs_BLV, drawn_BL, index_BL: negative_entropy(probs_BLV),
   "left_to_right": lambda probs_BLV, drawn_BL, index_BL: -index_BL.astype(jnp.float32),
 }
+
+BLIND = ("origin", "left_to_right")  # which positions are committed says nothing of their tokens
 
 
 def commit_count(alg, masked_B, step, steps_B, ratio_B):
@@ -234,12 +264,6 @@ def choose_positions(confidence_BL, masked_BL, count_B, gumbel_BL=None):
 
 
 # Decoding in parallel: what is committed beside the schedule's own positions, bool [B, L].
-
-
-def surer_than(threshold, probs_BLV, drawn_BL):
-  """Positions whose token has a probability above the threshold (Fast-dLLM, Wu et al. 2025,
-  arXiv 2505.22618); none at 1."""
-  return probability(probs_BLV, drawn_BL) > threshold
 
 
 def within_entropy_bound(bound, confidence_BL, masked_BL, entropy_BL):

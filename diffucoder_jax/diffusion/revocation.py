@@ -15,7 +15,7 @@ tokens of a row are never judged, for nothing is evaluated after them.
 
 import jax.numpy as jnp
 
-from diffucoder_jax.diffusion import canvas, remasking
+from diffucoder_jax.diffusion import canvas
 from diffucoder_jax.diffusion.trace import COMMITTED
 
 # What `Trace` holds of a position where nothing stands, beside its mask.
@@ -25,25 +25,38 @@ NOTHING = {
 }  # fmt: skip
 
 
-def revoke(bound, may_B, probs_BWV, old, new, now_B, mask_id):
+def fields(trace):
+  """{field of `Trace`: [B, S, ...]}, what a step may change."""
+  return {
+    name: x
+    for name, x in vars(trace).items()
+    if x is not None and name not in ("nfe", "valid")
+  }
+
+
+def may_be(may_B, old):
+  """Which positions are judged, bool [B, W].
+
+  Args:
+    may_B: bool, rows in which something may be revoked. old: `fields` of a block before this step.
+  """
+  spent_BW = old["revoked"][:, :, -1, COMMITTED] >= 0
+  return may_B[:, None] & (old["step"] >= 0) & ~spent_BW  # what was given or forced has no step
+
+
+def revoke(doubted_BW, old, new, now_B, mask_id):
   """Masks again what is doubted.
 
   Args:
-    bound: float in (0, 1], `SamplerConfig.revoke`. may_B: bool, rows in which something may be revoked.
-    probs_BWV: float32, the distribution that is drawn from now, filtered and constrained.
-    old: {field of `Trace`: [B, W, ...]} before this step, `revoked` among them. new: what this step made
-      of the others. now_B: int32, the step. mask_id: int.
+    doubted_BW: bool. old: `fields` of a block before this step. new: what this step made of them, but
+      for `revoked`. now_B: int32, the step. mask_id: int.
   Returns:
     `new` with the doubted positions masked, and `revoked`.
   """
-  tokens_BW, step_BW, revoked_BWR3 = old["tokens"], old["step"], old["revoked"]
-  spent_BW = revoked_BWR3[:, :, -1, COMMITTED] >= 0
-  # Tokens that were given or forced have no step.
-  judged_BW = may_B[:, None] & (step_BW >= 0) & ~spent_BW
-  doubted_BW = judged_BW & (remasking.probability(probs_BWV, tokens_BW) < bound)
   empty = {"tokens": mask_id, **NOTHING}
   new = {name: _cleared(doubted_BW, x_BW, empty[name]) for name, x_BW in new.items()}
-  return {**new, "revoked": _noted(revoked_BWR3, doubted_BW, tokens_BW, step_BW, now_B)}
+  noted_BWR3 = _noted(old["revoked"], doubted_BW, old["tokens"], old["step"], now_B)
+  return {**new, "revoked": noted_BWR3}
 
 
 def _cleared(doubted_BW, x_BW, empty):

@@ -123,14 +123,15 @@ class SamplerConfig:
 
 def generate(
   logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=(), slots=None, pace=None,
-  batch_sizes=(), constraints=None,
+  batch_sizes=(), constraints=None, unembed=lambda logits: logits,
 ):  # fmt: skip
   """Denoises a canvas.
 
   Args:
     logits_fn: (canvas_BL int32, valid_BL bool) -> logits_BLV float32, target-aligned: logits[:, i]
       scores token i. With `slots` it gets a third argument, index_BS int32, and gives the logits of
-      these positions alone, [B, S, V]. With `config.cache` it is a pair, as for `cache.look`.
+      these positions alone, [B, S, V]. With `config.cache` it is a pair, as for `cache.look`. Or it
+      gives features, which `unembed` makes logits of.
     canvas: int32 [B, L]; `mask_id` marks what is to be written, wherever it stands.
     valid: bool [B, L], False on padding (either side).
     keys: typed PRNG keys [B], one per row: same row and key, same tokens, whatever the batch. Read
@@ -146,6 +147,8 @@ def generate(
       the network to compile. Every one must be a multiple of the mesh's batch shards.
     constraints: `constraints.Constraints`, which no token breaks (`constraints.check` says whether it
       can be so). A place where nothing is left to write stays masked.
+    unembed: makes logits of features, [B, S, D] to [B, S, V] for any B and S. It is asked for those
+      of positions that are still to be written, and of so many at a time that [B, S, V] never exists.
   Returns:
     `Trace`.
   """
@@ -165,7 +168,7 @@ def generate(
   )
 
   def look(rows, canvas_BL, block, step, kept):
-    """(logits_BWV of a block, what is kept for the next step)."""
+    """(logits of a block, or its features; what is kept for the next step)."""
     if not cached:
       where = [plan.of_block(rows.index, block)] if some else []
       return logits_fn(canvas_BL, rows.valid, *where), None
@@ -176,9 +179,13 @@ def generate(
   if cached:
     shapes = jax.eval_shape(lambda: logits_fn[0](rows.canvas, rows.valid, 1)[1])
     kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  evaluate = functools.partial(_evaluate, plan, look)
+  evaluate = functools.partial(_evaluate, plan, look, unembed)
   sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
-  denoise = functools.partial(_denoise, plan, evaluate, look, sizes, rows)
+  memory = lambda: None  # noqa: E731
+  if config.kl_bound:
+    logits_BWV = jax.eval_shape(lambda: unembed(look(rows, rows.canvas, 0, 0, kept)[0]))
+    memory = functools.partial(unmasking.forgetting, logits_BWV.shape)
+  denoise = functools.partial(_denoise, plan, evaluate, memory, sizes, rows)
   state = _empty_trace(rows, plan), None, kept
   if plan.blocks == 1:
     trace = denoise(0, state)[0]
@@ -239,11 +246,12 @@ def _make_plan(config, slots, mask_id, end_ids, constraints):
   return _Plan(config, mask_id, end_ids, width, blocks, refreshes_T, constraints)
 
 
-def _denoise(plan, evaluate, look, sizes, rows, block, state):
+def _denoise(plan, evaluate, memory, sizes, rows, block, state):
   """Writes a block, or the whole canvas.
 
   Args:
-    evaluate, look: as in `generate`. sizes: numbers of rows that may go through the network together.
+    evaluate: `_evaluate` of this generation. memory: makes what the first evaluation compares with.
+    sizes: numbers of rows that may go through the network together.
     state: (`Trace` [B, S], `unmasking.Memory` or None, what a cache keeps or None).
   """
   c = plan.config
@@ -279,20 +287,17 @@ def _denoise(plan, evaluate, look, sizes, rows, block, state):
     step, (trace, _, _) = carry
     return (step < rows.pace.ratios.shape[1]) & jnp.any(plan.wanted(rows, trace, block))
 
-  trace, memory, kept = state
-  if c.kl_bound:
-    logits_BWV = jax.eval_shape(lambda: look(rows, rows.canvas, 0, 0, kept)[0])
-    memory = unmasking.forgetting(logits_BWV.shape)
-  start = jnp.zeros((), jnp.int32), (trace, memory, kept)
+  trace, _, kept = state
+  start = jnp.zeros((), jnp.int32), (trace, memory(), kept)
   trace, _, kept = jax.lax.while_loop(unfinished, body, start)[1]
   return trace, None, kept
 
 
-def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
+def _evaluate(plan, look, unembed, rows, block, step, state, count_B, active_B):
   """One step of a block: reads the canvases of all `rows` and writes into those that are active."""
   c = plan.config
   trace, memory, kept = state
-  logits_BWV, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
+  x_BWX, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
   index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
   masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
   pace = rows.pace
@@ -306,20 +311,24 @@ def _evaluate(plan, look, rows, block, step, state, count_B, active_B):
     place_BW = plan.of_block(canvases.places(rows), block)
     written_BS = canvases.by_place(rows, trace.tokens, plan.mask_id)
     rules = Rules(plan.constraints, place_BW, written_BS, number_B, plan.mask_id)
+  old = {name: plan.of_block(x_BS, block) for name, x_BS in revocation.fields(trace).items()}
+  judged_BW = None
+  if c.revoke:
+    may_B = active_B & (step < pace.steps - 1)  # the last step leaves nothing open
+    judged_BW = revocation.may_be(may_B, old)
   choice, memory = unmasking.choose(
-    logits_BWV, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, index_BW, c, plan.mask_id,
-    memory, rules,
+    x_BWX, unembed, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, index_BW, c,
+    plan.mask_id, memory, rules, old["tokens"], judged_BW,
   )  # fmt: skip
   found = {"tokens": choice.tokens, "step": number_B[:, None], "confidence": choice.confidence,
            "entropy": choice.entropy}  # fmt: skip
   if c.alternatives:
-    found["alternative_probs"], found["alternatives"] = jax.lax.top_k(choice.probs, c.alternatives)
-  old = {name: plan.of_block(getattr(trace, name), block) for name in found}
+    found["alternatives"] = choice.alternatives
+    found["alternative_probs"] = choice.alternative_probs
   new = {name: canvases.choose(choice.chosen, x_BW, old[name]) for name, x_BW in found.items()}
   if c.revoke:
-    old["revoked"] = plan.of_block(trace.revoked, block)
-    may_B = active_B & (step < pace.steps - 1)  # the last step leaves nothing open
-    new = revocation.revoke(c.revoke, may_B, choice.probs, old, new, number_B, plan.mask_id)
+    doubted_BW = judged_BW & (choice.standing < c.revoke)
+    new = revocation.revoke(doubted_BW, old, new, number_B, plan.mask_id)
   new = {name: plan.with_block(getattr(trace, name), x_BW, block) for name, x_BW in new.items()}
   return trace.replace(**new, nfe=trace.nfe + active_B.astype(jnp.int32)), memory, kept
 

@@ -7,7 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.diffusion import remasking
+from diffucoder_jax.diffusion import proposal, remasking
 
 TOKEN, POSITION = 0, 1  # what a number is drawn for
 STABLE_EVALUATIONS = 2  # as in KLASS: so many changes in a row have to be small
@@ -47,22 +47,28 @@ def forgetting(shape):
 
 @flax.struct.dataclass
 class Choice:
-  """What a step would write at each position, and `chosen`, where it does; all [B, S]."""
+  """What a step would write at each position, and `chosen`, where it does; all [B, S].
+
+  Where nothing is masked, the other fields say nothing."""
 
   tokens: jax.Array  # int32
   chosen: jax.Array  # bool
   confidence: jax.Array  # float32, the strategy's
   entropy: jax.Array  # float32, nats, of the filtered distribution
-  probs: jax.Array  # float32 [B, S, V], the filtered distribution
+  # Of `SamplerConfig.alternatives`, K: the likeliest tokens, int32 [B, S, K], and their probabilities.
+  alternatives: jax.Array | None
+  alternative_probs: jax.Array | None
+  standing: jax.Array | None  # float32, the probability of what stands there, where it was judged
 
 
 def choose(
-  logits_BSV, masked_BS, count_B, chance_B, keys_BS, index_BS, config, mask_id, memory=None, rules=None,
+  x_BSX, unembed, masked_BS, count_B, chance_B, keys_BS, index_BS, config, mask_id, memory=None,
+  rules=None, standing_BS=None, judged_BS=None,
 ):  # fmt: skip
   """Chooses tokens and positions.
 
   Args:
-    logits_BSV: target-aligned, any float dtype.
+    x_BSX, unembed: what makes the logits of positions, as for `proposal.propose_where`.
     masked_BS: bool, positions that may be written.
     count_B: int32, positions that the schedule commits.
     chance_B: float32; "origin" commits each position with it instead.
@@ -70,47 +76,55 @@ def choose(
     index_BS: int32, places on the canvas.
     config: `SamplerConfig`. mask_id: int, never written. memory: `Memory`, with `kl_bound`.
     rules: `constraints.Rules` or None. Where these allow no token nothing is chosen.
+    standing_BS, judged_BS: what stands on the canvas, int32, and of which positions `Choice.standing`
+      is wanted, bool; None: of none.
   Returns:
     (`Choice`, memory).
   """
   c = config
-  logits_BSV = logits_BSV.astype(jnp.float32)
-  with jax.named_scope("choose_tokens"):
-    if rules is not None:
-      logits_BSV, possible_BS = rules.on_logits(logits_BSV)
-      masked_BS &= possible_BS
-    filtered_BSV = remasking.filter_logits(logits_BSV, c.temperature, c.top_p, c.top_k)
-    uniform_BS = draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None
-    drawn_BS, tokens_BS, probs_BSV = remasking.draw_tokens(
-      logits_BSV, filtered_BSV, mask_id, uniform_BS
+  needed_BS, chosen_BS = masked_BS, None
+  # Where the logits say nothing of the positions, those of the others are not wanted.
+  if c.alg in remasking.BLIND and not c.in_parallel and rules is None:
+    confidence_BS = remasking.CONFIDENCE["left_to_right"](None, None, index_BS)
+    chosen_BS = needed_BS = _positions(confidence_BS, masked_BS, count_B, chance_B, keys_BS, c)
+  if judged_BS is not None:
+    needed_BS |= judged_BS
+  found = proposal.propose_where(
+    needed_BS, x_BSX, unembed,
+    draw(jax.random.uniform, keys_BS, TOKEN) if c.temperature > 0 else None,
+    index_BS, c, mask_id, before_BSV=memory.probs if memory else None, rules=rules,
+    standing_BS=None if judged_BS is None else standing_BS,
+  )  # fmt: skip
+  if rules is not None:
+    masked_BS &= found["possible"]
+  if chosen_BS is None:
+    chosen_BS = _positions(found["confidence"], masked_BS, count_B, chance_B, keys_BS, c)
+  if c.entropy_bound:
+    chosen_BS |= remasking.within_entropy_bound(
+      c.entropy_bound, found["confidence"], masked_BS, found["entropy"]
     )
-    if rules is not None:
-      ruled_BS = rules.on_tokens(tokens_BS)
-      drawn_BS = jnp.where(ruled_BS == tokens_BS, drawn_BS, ruled_BS)
-      tokens_BS = ruled_BS
-    confidence_BS = remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, index_BS)
-    entropy_BS = -remasking.negative_entropy(probs_BSV)
+  if c.threshold < 1:  # Fast-dLLM, Wu et al. 2025, arXiv 2505.22618
+    sure_BS = masked_BS & (found["probability"] > c.threshold)
+    if c.kl_bound:
+      small_BS = found["divergence"] < c.kl_bound
+      memory = Memory(found["probs"], jnp.where(small_BS, memory.stable + 1, 0))
+      sure_BS &= memory.stable >= STABLE_EVALUATIONS
+    chosen_BS |= sure_BS
+  return Choice(
+    found["tokens"], chosen_BS, found["confidence"], found["entropy"], found.get("alternatives"),
+    found.get("alternative_probs"), found.get("standing"),
+  ), memory  # fmt: skip
+
+
+def _positions(confidence_BS, masked_BS, count_B, chance_B, keys_BS, c):
+  """Those that the schedule commits, bool [B, S]."""
   with jax.named_scope("choose_positions"):
     if c.alg == "origin":  # each position on its own, so the number committed varies
-      chosen_BS = masked_BS & (draw(jax.random.uniform, keys_BS, POSITION) < chance_B[:, None])
-    elif c.alg_temp > 0:
+      return masked_BS & (draw(jax.random.uniform, keys_BS, POSITION) < chance_B[:, None])
+    if c.alg_temp > 0:
       gumbel_BS = draw(jax.random.gumbel, keys_BS, POSITION)
-      scores_BS = confidence_BS / c.alg_temp
-      chosen_BS = remasking.choose_positions(scores_BS, masked_BS, count_B, gumbel_BS)
-    else:
-      chosen_BS = remasking.choose_positions(confidence_BS, masked_BS, count_B)
-    if c.entropy_bound:
-      chosen_BS |= remasking.within_entropy_bound(
-        c.entropy_bound, confidence_BS, masked_BS, entropy_BS
-      )
-    if c.threshold < 1:
-      sure_BS = masked_BS & remasking.surer_than(c.threshold, probs_BSV, drawn_BS)
-      if c.kl_bound:
-        small_BS = remasking.divergence(probs_BSV, memory.probs) < c.kl_bound
-        memory = Memory(probs_BSV, jnp.where(small_BS, memory.stable + 1, 0))
-        sure_BS &= memory.stable >= STABLE_EVALUATIONS
-      chosen_BS |= sure_BS
-  return Choice(tokens_BS, chosen_BS, confidence_BS, entropy_BS, probs_BSV), memory
+      return remasking.choose_positions(confidence_BS / c.alg_temp, masked_BS, count_B, gumbel_BS)
+    return remasking.choose_positions(confidence_BS, masked_BS, count_B)
 
 
 def draws(config):

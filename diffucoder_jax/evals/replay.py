@@ -3,9 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffucoder_jax.diffusion import queue, remasking
+from diffucoder_jax.diffusion import proposal, queue
+from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.diffusion.trace import canvas_after
 from diffucoder_jax.evals import arness
 from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn
@@ -25,8 +27,9 @@ def _logits(model_config, params, canvas_BL, valid_BL, index_BS):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _confidence(config, logits_BSV):
-  filtered_BSV = remasking.filter_logits(logits_BSV, config.temperature, config.top_p, config.top_k)
-  return remasking.negative_entropy(jax.nn.softmax(filtered_BSV, axis=-1))
+  c = SamplerConfig(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
+  index_BS = jnp.zeros(logits_BSV.shape[:2], jnp.int32)  # the places are all the same to it
+  return proposal.propose(logits_BSV, None, index_BS, c, -1)["confidence"]
 
 
 def confidences(ckpt, config, asked, width, batch_size):

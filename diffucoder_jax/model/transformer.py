@@ -4,6 +4,7 @@ Dimension key: B batch, L sequence, D embed, H query heads, J kv heads, K head_d
 N layers.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -288,24 +289,38 @@ def unembed(params, features):
     return constrain(logits, "batch", *([None] * (logits.ndim - 2)), "vocab")
 
 
+def unembed_fn(model, params):
+  """`unembed` of these parameters, for loops: the matrix has its dtype, and is whole on each device or
+  cut over the vocabulary, before they begin."""
+  name, axes = ("head", (None, "vocab")) if "head" in params else ("embed", ("vocab", None))
+  matrix = constrain(params[name].astype(model.config.compute_dtype), *axes)
+  return functools.partial(unembed, {name: matrix})
+
+
 def canvas_logits_fn(model, params):
-  """The function of a canvas that `diffusion.sampler.generate` wants: its logits from this network.
+  """`canvas_features_fn`, and the features' logits: float32 [B, L, V] or [B, S, V]."""
+  features_fn = canvas_features_fn(model, params)
+  return lambda *canvas: unembed(params, features_fn(*canvas))
+
+
+def canvas_features_fn(model, params):
+  """What `diffusion.sampler.generate` asks for features, which `unembed_fn` makes logits of.
 
   Returns:
-    (canvas_BL int32, valid_BL bool, index_BS int32 or None) -> float32 [B, L, V], or [B, S, V] at the
-    positions of `index_BS`. Positions count the real tokens of each row.
+    (canvas_BL int32, valid_BL bool, index_BS int32 or None) -> target-aligned [B, L, D], or [B, S, D]
+    at the positions of `index_BS`. Positions count the real tokens of each row.
   """
 
-  def logits_fn(canvas_BL, valid_BL, index_BS=None):
+  def features_fn(canvas_BL, valid_BL, index_BS=None):
     segment_ids_BL = valid_BL.astype(jnp.int32)
     features_BLD = model.apply(
       {"params": params}, canvas_BL, segment_ids_BL, positions_of(valid_BL)
     )
-    if index_BS is not None:  # those that are still to be written
-      features_BLD = jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
-    return unembed(params, features_BLD)
+    if index_BS is None:
+      return features_BLD
+    return jnp.take_along_axis(features_BLD, index_BS[..., None], axis=1)
 
-  return logits_fn
+  return features_fn
 
 
 def next_logits_fn(model, params, valid_BL):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from diffucoder_jax.model import kv_cache
 from diffucoder_jax.model.transformer import (
   Transformer,
-  canvas_logits_fn,
+  canvas_features_fn,
   next_logits_fn,
   positions_of,
-  unembed,
+  unembed_fn,
 )
 
 
@@ -21,17 +21,20 @@ def network(config):
   programs are kept by them.
 
   Returns:
-    (any_order, in_order). any_order: (params, width, window) -> `logits_fn`. in_order: (params,
-    valid_BL) -> `next_logits_fn`; None where attention is not causal.
+    (any_order, in_order). any_order: (params, width, window) -> (`features_fn`, `unembed_fn`).
+    in_order: (params, valid_BL) -> `next_logits_fn`; None where attention is not causal.
   """
   model = Transformer(config)
-  any_order = functools.partial(logits_fn, model)
+
+  def any_order(params, width, window):
+    return features_fn(model, params, width, window), unembed_fn(model, params)
+
   in_order = functools.partial(next_logits_fn, model) if config.attention == "causal" else None
   return any_order, in_order
 
 
-def logits_fn(model, params, width, window):
-  """What `diffusion.sampler.generate` asks for logits: `canvas_logits_fn`, or with a window a pair.
+def features_fn(model, params, width, window):
+  """What `diffusion.sampler.generate` asks for features: `canvas_features_fn`, or with a window a pair.
 
   Args:
     model, params: with a window, of a network that sees both ways.
@@ -43,21 +46,21 @@ def logits_fn(model, params, width, window):
     a function, or (fresh, again) as of `diffusion.cache.look`.
   """
   if window is None:
-    return canvas_logits_fn(model, params)
+    return canvas_features_fn(model, params)
   if model.config.attention != "full":
     raise ValueError(
       f"model.attention is {model.config.attention!r}; caches of blocks are for networks that see "
       "both ways"
     )
 
-  def block_logits(hidden_BXD, valid_BX, at):
-    """Logits of the W places behind place `at` of those computed."""
+  def block_features(hidden_BXD, valid_BX, at):
+    """Aligned features of the W places behind place `at` of those computed."""
     cut = lambda x, first, size: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)  # noqa: E731
     before_BWD = cut(hidden_BXD, at, width)
     # Nothing stands before the first token of a row: it keeps its own state (`align_with_targets`).
     own_B1D, has_B1 = cut(hidden_BXD, at + 1, 1), cut(valid_BX, at, 1)
     first_B1D = jnp.where(has_B1[..., None], before_BWD[:, :1], own_B1D)
-    return unembed(params, jnp.concatenate([first_B1D, before_BWD[:, 1:]], axis=1))
+    return jnp.concatenate([first_B1D, before_BWD[:, 1:]], axis=1)
 
   def fresh(canvas_BL, valid_BL, start):
     empty = kv_cache.nothing(model.config, len(canvas_BL))
@@ -65,7 +68,7 @@ def logits_fn(model, params, width, window):
     hidden_BLD, kept = model.apply(
       {"params": params}, canvas_BL, segment_ids_BL, positions_of(valid_BL), None, empty
     )
-    return block_logits(hidden_BLD, valid_BL, start - 1), kept
+    return block_features(hidden_BLD, valid_BL, start - 1), kept
 
   def again(canvas_BL, valid_BL, start, kept):
     length = canvas_BL.shape[1]
@@ -83,7 +86,7 @@ def logits_fn(model, params, width, window):
           {"params": params}, cut(canvas_BL), cut(valid_BL).astype(jnp.int32), cut(positions_BL),
           None, kept, index_BX,
         )  # fmt: skip
-        return block_logits(hidden_BXD, cut(valid_BL), first - begin)
+        return block_features(hidden_BXD, cut(valid_BL), first - begin)
 
       return run
 

@@ -13,7 +13,7 @@ from diffucoder_jax.diffusion import cache, remasking, sampler
 from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.model import windows
 from diffucoder_jax.model.config import ModelConfig
-from diffucoder_jax.model.transformer import Transformer, init_params
+from diffucoder_jax.model.transformer import Transformer, init_params, unembed_fn
 
 MASK, EOS = 30, 1
 CONFIG = ModelConfig(
@@ -35,10 +35,10 @@ def params():
 def denoise(layers, config, slots, params, canvas, valid, keys):
   model_config = dataclasses.replace(CONFIG, num_layers=layers)
   used = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-  window = cache.WINDOWS.get(config.cache)
+  model, window = Transformer(model_config), cache.WINDOWS.get(config.cache)
   return sampler.generate(
-    windows.logits_fn(Transformer(model_config), used, config.block_size, window),
-    canvas, valid, keys, config, mask_id=MASK, end_ids=(EOS,), slots=slots,
+    windows.features_fn(model, used, config.block_size, window), canvas, valid, keys, config,
+    mask_id=MASK, end_ids=(EOS,), slots=slots, unembed=unembed_fn(model, used),
   )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_cached_is_named(params):
     sampler.SamplerConfig(cache="both", block_size=8)
   causal = Transformer(dataclasses.replace(CONFIG, attention="causal"))
   with pytest.raises(ValueError, match="networks that see both ways"):
-    windows.logits_fn(causal, params, 4, cache.WINDOWS["dual"])
+    windows.features_fn(causal, params, 4, cache.WINDOWS["dual"])
   config = dataclasses.replace(PLAIN, cache="dual")
   cache.check(config, NEW)
   cache.check(PLAIN, NEW + 1)

@@ -22,10 +22,10 @@ def test_filtered_probabilities_and_confidences(shared):
     if key.startswith("bf16") or case.get("logits") not in data:
       continue
     logits_BLV = jnp.asarray(data[case["logits"]], jnp.float32)[None]
-    filtered_BLV = remasking.filter_logits(
+    probs_BLV = remasking.filtered_probs(
       logits_BLV, case["temperature"], case["top_p"] or 1.0, case["top_k"] or 0
     )
-    drawn_BL, tokens_BL, probs_BLV = remasking.draw_tokens(logits_BLV, filtered_BLV, -1)
+    drawn_BL, tokens_BL = remasking.draw_tokens(logits_BLV, probs_BLV, -1)
     np.testing.assert_array_equal(drawn_BL, tokens_BL)
     for name in (name for name in data if name.startswith(key + "/")):
       what = name.removeprefix(key + "/")

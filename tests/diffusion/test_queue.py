@@ -12,7 +12,7 @@ from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.diffusion import process, queue, sampler
 from diffucoder_jax.model import windows
 from diffucoder_jax.model.config import ModelConfig
-from diffucoder_jax.model.transformer import Transformer, init_params
+from diffucoder_jax.model.transformer import Transformer, canvas_logits_fn, init_params
 from diffucoder_jax.runtime import sharding
 
 MASK, EOS = 30, 1
@@ -66,7 +66,7 @@ def plainly(params, row, key, config):
   new = config.max_new_tokens
   canvas, valid = canvases.lay_out([row], len(row) + new, new, MASK)
   config = dataclasses.replace(config, steps=config.steps or int(np.sum(canvas == MASK)))
-  logits_fn = windows.logits_fn(Transformer(CONFIG), params, 0, None)
+  logits_fn = canvas_logits_fn(Transformer(CONFIG), params)
   keys = jax.random.wrap_key_data(jnp.asarray(key)[None])
   trace = jax.jit(
     lambda: sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, end_ids=(EOS,))

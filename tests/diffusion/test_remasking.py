@@ -7,10 +7,12 @@ import pytest
 
 from diffucoder_jax.diffusion import remasking
 
+REMOVED = np.finfo(np.float32).min
+
 
 def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
   logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.15, 0.05]]]))
-  kept = lambda p: (remasking.filter_logits(logits, top_p=p) > remasking.REMOVED)[0, 0].tolist()  # noqa: E731
+  kept = lambda p: (remasking.filtered_probs(logits, top_p=p) > 0)[0, 0].tolist()  # noqa: E731
   assert kept(0.6) == [True, True, False, False]
   assert kept(0.01) == [True, False, False, False]
   assert kept(0.9) == [True, True, True, False]
@@ -19,8 +21,8 @@ def test_top_p_keeps_the_token_that_crosses_and_at_least_one():
 @pytest.mark.parametrize("top_k, kept", [(1, 1), (2, 3), (3, 3), (4, 4), (0, 4)])
 def test_top_k_keeps_ties(top_k, kept):
   logits = jnp.asarray([[[2.0, 1.0, 1.0, 0.0]]])
-  filtered = remasking.filter_logits(logits, top_k=top_k)
-  assert (filtered > remasking.REMOVED)[0, 0].tolist() == [i < kept for i in range(4)]
+  probs = remasking.filtered_probs(logits, top_k=top_k)
+  assert (probs > 0)[0, 0].tolist() == [i < kept for i in range(4)]
 
 
 def test_a_token_stays_when_those_above_it_make_exactly_top_p():
@@ -34,8 +36,8 @@ def test_temperature_comes_before_the_nucleus():
   """Squared and renormalised, the first token alone passes 0.6."""
   logits = jnp.log(jnp.asarray([[[0.5, 0.3, 0.2]]]))
   for temperature, kept in ((0.0, 2), (0.5, 1)):
-    filtered = remasking.filter_logits(logits, temperature, top_p=0.6)
-    assert (filtered > remasking.REMOVED).sum() == kept
+    probs = remasking.filtered_probs(logits, temperature, top_p=0.6)
+    assert (probs > 0).sum() == kept
 
 
 def test_confidences_are_their_definitions():
@@ -81,11 +83,12 @@ def test_the_surest_masked_positions_are_chosen_and_the_first_on_ties(count, cho
 def test_tokens_are_drawn_with_their_probabilities_and_impossible_ones_never(vocabulary):
   rng = np.random.default_rng(0)
   logits_V = rng.normal(size=vocabulary).astype(np.float32) * 2
-  logits_V[::3] = remasking.REMOVED
+  logits_V[::3] = REMOVED
   draws = 20_000
   logits_1LV = jnp.broadcast_to(jnp.asarray(logits_V), (1, draws, vocabulary))
   u_1L = jnp.asarray((np.arange(draws) + rng.random(draws)) / draws, jnp.float32)[None]
-  drawn_1L, _, probs_1LV = remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)
+  probs_1LV = remasking.filtered_probs(logits_1LV)
+  drawn_1L, _ = remasking.draw_tokens(logits_1LV, probs_1LV, -1, u_1L)
   share_V = np.bincount(np.asarray(drawn_1L[0]), minlength=vocabulary) / draws
   # One number in each of equal parts of [0, 1): no share is off by more than two parts.
   np.testing.assert_allclose(share_V, probs_1LV[0, 0], atol=2.1 / draws)
@@ -95,34 +98,64 @@ def test_tokens_are_drawn_with_their_probabilities_and_impossible_ones_never(voc
 def test_the_ends_of_the_unit_interval_draw_possible_tokens():
   probs_V = np.zeros(300, np.float32)
   probs_V[[130, 131, 260]] = 0.1, 0.6, 0.3
-  logits_1LV = jnp.log(jnp.asarray(probs_V))[None, None].repeat(3, axis=1)
-  logits_1LV = jnp.maximum(logits_1LV, remasking.REMOVED)
+  probs_1LV = jnp.asarray(probs_V)[None, None].repeat(3, axis=1)
   u_1L = jnp.asarray([[0.0, np.nextafter(np.float32(1), np.float32(0)), 0.5]])
-  assert remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0].tolist() == [[130, 260, 131]]
+  assert remasking.draw_tokens(probs_1LV, probs_1LV, -1, u_1L)[0].tolist() == [[130, 260, 131]]
 
 
 def test_rounding_at_the_end_of_the_interval_draws_no_impossible_token():
   logits_LV = np.random.default_rng(0).normal(size=(4000, 128)).astype(np.float32)
-  logits_LV[:, 120:] = remasking.REMOVED
+  logits_LV[:, 120:] = REMOVED
   u_1L = jnp.full((1, 4000), np.nextafter(np.float32(1), np.float32(0)))
   logits_1LV = jnp.asarray(logits_LV)[None]
-  drawn_1L = remasking.draw_tokens(logits_1LV, logits_1LV, -1, u_1L)[0]
+  drawn_1L = remasking.draw_tokens(logits_1LV, remasking.filtered_probs(logits_1LV), -1, u_1L)[0]
   assert int(drawn_1L.max()) < 120
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
-def test_the_nucleus_is_the_same_a_position_at_a_time(top_p):
-  """What CPUs do, and what others do, which nothing else here runs."""
-  probs = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (3, 5, 257)), axis=-1)
-  probs = probs.at[0, 0].set(1 / 257).at[1, 1].set(jax.nn.one_hot(7, 257))  # all tied; one alone
-  found, wanted = (
-    np.asarray(edge(probs, top_p))
-    for edge in (remasking._edge_by_position, remasking._edge_at_once)
-  )
-  np.testing.assert_array_equal(found, wanted)
-  kept = np.where(np.asarray(probs) >= wanted[..., None], probs, 0.0)
-  above = np.where(np.asarray(probs) > wanted[..., None], probs, 0.0)
-  assert (kept.sum(-1) > top_p - 1e-6).all() and (above.sum(-1) <= top_p + 1e-6).all()
+def sorted_filter(logits_NV, top_p, top_k):
+  """What stays, by sorting, in float64: all that is at least as likely as the last one that has to."""
+  probs_NV = np.exp(logits_NV - logits_NV.max(-1, keepdims=True), dtype=np.float64)
+  probs_NV /= probs_NV.sum(-1, keepdims=True)
+  kept_NV = np.ones(probs_NV.shape, bool)
+  for row, probs_V in enumerate(probs_NV):
+    falling_V = np.sort(probs_V)[::-1]
+    before_V = np.cumsum(falling_V) - falling_V
+    if top_p < 1:
+      kept_NV[row] = probs_V >= falling_V[before_V <= top_p][-1]
+    left_V = np.where(kept_NV[row], logits_NV[row], -np.inf)
+    if 0 < top_k < len(left_V):
+      kept_NV[row] &= left_V >= np.sort(left_V)[-top_k]
+  return kept_NV
+
+
+@pytest.mark.parametrize(
+  "top_p, top_k", [(0.3, 0), (0.9, 9), (0.999, 256), (0.999, 2), (1.0, 1), (1.0, 50), (1.0, 400)]
+)
+def test_the_searches_keep_what_a_sort_keeps(top_p, top_k):
+  rng = np.random.default_rng(0)
+  logits_NV = rng.normal(size=(40, 257)).astype(np.float32) * np.linspace(0.1, 9, 40)[:, None]
+  logits_NV = logits_NV.astype(np.float32)
+  logits_NV[:9] = np.round(logits_NV[:9], 1)  # ties
+  logits_NV[9] = 1.0  # nothing else
+  logits_NV[10, 7] = 60.0  # nearly everything
+  logits_NV[11] = np.abs(logits_NV[11]) - 50.0  # all of one sign, and zeros
+  logits_NV[12] = np.maximum(logits_NV[12], 0.0)
+  logits_NV[13, 100:] = -np.inf
+  # Each alone: together they go on until the last one is found.
+  one = lambda logits_V: remasking.filtered_probs(logits_V[None, None], 0.0, top_p, top_k)[0, 0]  # noqa: E731
+  probs_NV = np.asarray(jax.lax.map(one, jnp.asarray(logits_NV)))
+  kept_NV = sorted_filter(logits_NV, top_p, top_k)
+  # Of what is kept, the least likely may be too unlikely for a float32.
+  possible_NV = logits_NV > logits_NV.max(-1, keepdims=True) - 80
+  np.testing.assert_array_equal((probs_NV > 0)[possible_NV], kept_NV[possible_NV])
+  assert not probs_NV[~kept_NV].any()
+  np.testing.assert_allclose(probs_NV.sum(-1), 1, atol=1e-5)
+
+
+def test_the_margin_of_two_that_are_tied_is_nothing():
+  probs = jnp.asarray([[[0.25, 0.4, 0.1, 0.25], [0.1, 0.4, 0.1, 0.4], [0.7, 0.1, 0.1, 0.1]]])
+  got = remasking.CONFIDENCE["topk_margin"](probs, None, None)
+  np.testing.assert_allclose(got[0], [0.15, 0, 0.6], atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", sorted(remasking.SCHEDULES))
