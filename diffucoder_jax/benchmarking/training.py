@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import statistics
 import tempfile
 from types import SimpleNamespace
 
@@ -49,6 +50,7 @@ def run(args):
     f"{args.repeats} updates.",
     f"{FLOOR}: the FLOPs of the network's matrix products, backward twice those of forward, at the rate "
     f"of one float32 product of {args.matmul_size} x {args.matmul_size} matrices in JAX.",
+    *time_goes(rows),
     *([why] if why else []),
   ]
   title = f"train: {words}, float32; batches of {shape[0]} x {shape[1]} tokens"
@@ -93,6 +95,18 @@ def compare(folder, twin, shape, repeats, matmul_size, seed=0):
         "gflop_per_second": timing.rates(needed / 1e9, took),
       })  # fmt: skip
   return rows
+
+
+def time_goes(rows):
+  """A line for each side on the shares of its whole step, of `compare`'s rows."""
+  lines = []
+  for who in dict.fromkeys(row["who"] for row in rows if row["who"] != FLOOR):
+    took = {row["what"]: statistics.median(row["seconds"]) for row in rows if row["who"] == who}
+    ends = [0.0, *(took[part] for part in (FORWARD, GRADIENT, STEP))]
+    parts = zip(("forward", "backward", "noise, clipping and update"), ends, ends[1:], strict=False)
+    shares = ", ".join(f"{name} {(b - a) / took[STEP]:.0%}" for name, a, b in parts)
+    lines.append(f"of a whole step, {who}: {shares} (differences of medians)")
+  return lines
 
 
 def _record(task, losses):

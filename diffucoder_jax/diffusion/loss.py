@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from diffucoder_jax.runtime.sharding import BATCH_AXES
+from diffucoder_jax.runtime.sharding import BATCH_AXES, platform
 
 # ---------------------------------------------------------------------------------------------
 # Cross-entropy without [B, L, V]
 
 
-def token_nll(features_BLD, matrix_DV, targets_BL, needed_BL, chunk=1024):
+def token_nll(features_BLD, matrix_DV, targets_BL, needed_BL, chunk=None):
   """Negative log-likelihood of each target, computed only where it is needed.
 
   Args:
@@ -25,7 +25,7 @@ def token_nll(features_BLD, matrix_DV, targets_BL, needed_BL, chunk=1024):
     matrix_DV: output matrix (`transformer.output_matrix`).
     targets_BL: int32 ids.
     needed_BL: bool; the rest costs nothing and gets 0.
-    chunk: positions whose logits exist at one time on a device.
+    chunk: positions whose logits exist at one time on a device; None: `chunk_size`.
   Returns:
     float32 [B, L], in nats; differentiable in features and matrix.
 
@@ -35,7 +35,13 @@ def token_nll(features_BLD, matrix_DV, targets_BL, needed_BL, chunk=1024):
   reduce-scatter. Log-softmax is float32 whatever the features are.
   """
   targets_BL, needed_BL = jnp.asarray(targets_BL), jnp.asarray(needed_BL)
+  chunk = chunk_size() if chunk is None else chunk
   return _token_nll(features_BLD, matrix_DV, targets_BL, needed_BL, chunk)
+
+
+def chunk_size():
+  """1024 positions; on a CPU 256: what fills the last chunk up is computed too, and there it shows."""
+  return 256 if platform() == "cpu" else 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
