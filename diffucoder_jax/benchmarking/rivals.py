@@ -22,10 +22,12 @@ ALG = "maskgit_plus"  # the order of Fast-dLLM's threshold
 
 
 class Answers(NamedTuple):
-  """New tokens of all prompts, int [R, N], and network evaluations of a batch, mean over batches."""
+  """New tokens of all prompts, int [R, N]; network evaluations of a batch, mean over batches, and of one
+  row, mean over rows."""
 
   tokens_RN: np.ndarray
   evaluations: float
+  of_a_row: float
 
 
 def answer(model, sample, batches, config, pad_id=0):
@@ -33,7 +35,7 @@ def answer(model, sample, batches, config, pad_id=0):
   with counted(model) as runs:
     found = [sample(model, rows, config, pad_id).numpy() for rows in batches]
   tokens_RN = np.concatenate([x_BL[:, x_BL.shape[1] - config.max_new_tokens :] for x_BL in found])
-  return Answers(tokens_RN, len(runs) / len(batches))
+  return Answers(tokens_RN, *[len(runs) / len(batches)] * 2)
 
 
 def open_all(folder, ckpt, config, dream=None, fast_dllm=None):

@@ -268,6 +268,7 @@ def our_sampler(ckpt, batches, length, config, end_id):
     traces = [jax.block_until_ready(program(ckpt.params, *arrays)) for arrays in inputs]
     tokens_RL = np.concatenate([trace.tokens for trace in traces])
     evaluations = float(np.mean([np.max(trace.nfe) for trace in traces]))
-    return rivals.Answers(tokens_RL[:, length - config.max_new_tokens :], evaluations)
+    of_a_row = float(np.mean([np.mean(trace.nfe) for trace in traces]))
+    return rivals.Answers(tokens_RL[:, length - config.max_new_tokens :], evaluations, of_a_row)
 
   return task, seconds
