@@ -1,6 +1,7 @@
 """How fast we are on this machine, beside PyTorch on the same weights where that can be had.
 
   python -m diffucoder_jax.bench sample      denoising
+  python -m diffucoder_jax.bench steps       one step of it, against length and rows, beside the roofline
   python -m diffucoder_jax.bench quality     problems solved by each way to denoise, beside its seconds
   python -m diffucoder_jax.bench train       forward pass, gradient, whole step of training
   python -m diffucoder_jax.bench logps       scores of coupled-GRPO, and their gradient
@@ -24,6 +25,7 @@ from diffucoder_jax.benchmarking import (
   sampling,
   sandbox,
   scoring,
+  steps,
   table,
   timing,
   training,
@@ -32,6 +34,7 @@ from diffucoder_jax.execution.sandbox import SandboxUnavailable
 
 BENCHES = {
   "sample": sampling,
+  "steps": steps,
   "quality": quality,
   "train": training,
   "logps": scoring,

@@ -12,9 +12,11 @@ from absl import logging
 from diffucoder_jax import bench
 from diffucoder_jax.benchmarking import (
   conversion,
+  quality,
   rivals,
   sampling,
   scoring,
+  steps,
   table,
   timing,
   training,
@@ -27,6 +29,7 @@ from diffucoder_jax.hf import export
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZES = {
   "sample": "--preset tiny --batch_sizes 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
+  "steps": "--preset tiny --lengths 16 9000000 --batches 1 2 --length 8 --matmul_size 32",
   "train": "--preset tiny --batch_size 4 --seq_len 16 --matmul_size 32",
   "logps": "--preset tiny --batch_size 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
   "sandbox": "--jobs 4 --workers 1",
@@ -187,6 +190,80 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
     sampling.batches_of(args, ckpt, 3)
   with pytest.raises(ValueError, match="no tokenizer"):
     sampling.batches_of(args, types.SimpleNamespace(tokenizer=None), 2)
+
+
+def test_steps(tmp_path):
+  pytest.importorskip("matplotlib")
+  found, text = run("steps", tmp_path)
+  rows = by(found, "batch", "length")
+  assert rows.keys() == {(1, 8), (1, 16), (2, 8)} and "left out: 1 x 9000000" in text
+  for row in rows.values():
+    assert row["x_roofline"] == [pytest.approx(row["step"][0] / row["roofline"][0])]
+    assert row["bound"] in ("FLOPs", "bytes") and row["unembed"][0] > 0
+  assert (tmp_path / "steps.png").stat().st_size > 1000
+  found, text = run("steps", tmp_path, "--budget", "0")
+  assert found["rows"] == [] and "left out: 2 x 8, --budget was spent" in text
+
+
+def test_a_roofline_is_of_what_takes_longer(monkeypatch):
+  """FLOPs and bytes by hand: 2 rows of 8 tokens, logits of 8; and parts that take known times."""
+  took = dict(
+    step=8.0, projections=2.0, attention=1.0, unembed=4.0, choose=1.0, matmul=1.0, copy=1e-6
+  )
+  monkeypatch.setattr(
+    timing, "interleave", lambda tasks, _: ({name: [took[name]] for name in tasks}, {})
+  )
+  monkeypatch.setattr(steps, "_ready", lambda *_: None)
+  from diffucoder_jax.benchmarking import networks
+
+  config = networks.config_of("tiny")
+  params = {"layer_0": {"attn": {"o_inputs_last": np.ones((64, 64))}}}
+  row = steps.measure(
+    types.SimpleNamespace(config=config, params=params, mask_id=511), (2, 8), 1, 100
+  )
+  layers = 2 * 2 * (64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128)
+  flops = 16 * (layers + 4 * 2 * 4 * 16 * 8) + 8 * 2 * 64 * 512
+  assert row["roofline"] == [pytest.approx(flops / 2e6)] and row["bound"] == "FLOPs"
+  assert row["unembed"] == [0.5] and row["x_unembed"] == [
+    pytest.approx(4 / (8 * 2 * 64 * 512 / 2e6))
+  ]
+  took["copy"] = 1e9
+  assert steps.measure(
+    types.SimpleNamespace(config=config, params=params, mask_id=511), (2, 8), 1, 100
+  )["bound"] == "bytes"  # fmt: skip
+
+
+def test_ways_are_named():
+  assert quality.named({"block_size": 8, "stop_at_eos": True, "cache": "dual"}) == (
+    "block_size 8, stop at eos, cache dual"
+  )
+  for way in quality.WAYS:
+    SamplerConfig(**{**vars(SamplerConfig(max_new_tokens=48, steps=48)), **way})
+
+
+def test_answers_are_judged(tmp_path):
+  """Text behind an end token does not count, and a wrong answer does not pass."""
+  problem = {
+    "task_id": "t/0", "prompt": "Add one.", "entry_point": "f", "tests": ["assert f(1) == 2"],
+    "plus_tests": [], "reference": "def f(x):\n    return x + 1\n", "source": "toy",
+  }  # fmt: skip
+  (tmp_path / "p.jsonl").write_text(json.dumps(problem) + "\n")
+  opened = quality.benchmarks.open_benchmark("problems", str(tmp_path / "p.jsonl"))
+  primer = opened.benchmark.primer
+  tokenizer = types.SimpleNamespace(
+    end_of_turn_id=0, special_ids={}, decode=lambda ids: bytes(ids).decode()
+  )
+  ckpt = types.SimpleNamespace(eos_id=-1, pad_id=-1, mask_id=1, tokenizer=tokenizer)
+  begin = "" if "```" in primer else "```python\n"
+  write = lambda body: [*(begin + body + "\n```").encode()]  # noqa: E731
+  good, bad = write("def f(x):\n    return x + 1"), write("def f(x):\n    return x + 2")
+  try:
+    solved = quality.judge(
+      ckpt, opened, {"a": np.asarray([[*good, 0, 255]]), "b": np.asarray([[*bad, 0, 255]])}
+    )
+  except SandboxUnavailable as error:
+    pytest.skip(f"no isolation on this machine: {error}")
+  assert solved["a"].tolist() == [True] and solved["b"].tolist() == [False]
 
 
 def test_training_alone(tmp_path, alone):

@@ -1,7 +1,7 @@
 """What speed costs: problems solved by each way to denoise, beside its network evaluations and seconds.
 
 All ways answer the same problems with the same weights, greedily. Seconds are of programs that are
-compiled and have run before. `--ckpt` must be tuned to answer, such as the quickstart's sft or grpo folder.
+compiled and have run before. `--ckpt` must be tuned to answer, such as the quickstart's sft or grpo.
 """
 
 import pathlib
