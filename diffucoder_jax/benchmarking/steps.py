@@ -63,8 +63,8 @@ def run(args):
     f"{args.matmul_size} x {args.matmul_size} matrices, or the bytes of all weights at the rate of a "
     "large copy; `bound`: which takes longer. `x roofline`: step over it, turn by turn.",
     "`projections`, `attention`, `unembed`, `choose`: the part alone, as share of the step. "
-    "`x projections`, `x unembed`: over the time of its own FLOPs; where that is large, the step leaves the "
-    "roofline.",
+    "`x projections`, `x unembed`: over the time of its own FLOPs; where that is large, the step leaves "
+    "the roofline.",
     *(f"left out: {b} x {n}, longer than these weights' context" for b, n in long),
     *(f"left out: {b} x {n}, --budget was spent" for b, n in late),
   ]  # fmt: skip
