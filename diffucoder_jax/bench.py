@@ -1,14 +1,16 @@
 """How fast we are on this machine, beside PyTorch on the same weights where that can be had.
 
   python -m diffucoder_jax.bench sample      denoising
+  python -m diffucoder_jax.bench steps       one step of it, against length and rows, beside the roofline
+  python -m diffucoder_jax.bench quality     problems solved by each way to denoise, beside its seconds
   python -m diffucoder_jax.bench train       forward pass, gradient, whole step of training
   python -m diffucoder_jax.bench logps       scores of coupled-GRPO, and their gradient
   python -m diffucoder_jax.bench sandbox     programs judged per second
   python -m diffucoder_jax.bench convert     Hugging Face folder to Orbax checkpoint and back
 
 Prints one table, all of it measured in this run; `bench sample --help` names the settings. Nothing is
-written unless --output says where: DIR/sample.json and DIR/sample.txt. PyTorch is optional:
-pip install -e '.[torch]'.
+written unless --output says where: DIR/sample.json and DIR/sample.txt, and a picture of some. PyTorch is
+optional: pip install -e '.[torch]'; so is matplotlib, for pictures: '.[report]'.
 """
 
 import argparse
@@ -19,9 +21,11 @@ from etils import epath
 
 from diffucoder_jax.benchmarking import (
   conversion,
+  quality,
   sampling,
   sandbox,
   scoring,
+  steps,
   table,
   timing,
   training,
@@ -30,6 +34,8 @@ from diffucoder_jax.execution.sandbox import SandboxUnavailable
 
 BENCHES = {
   "sample": sampling,
+  "steps": steps,
+  "quality": quality,
   "train": training,
   "logps": scoring,
   "sandbox": sandbox,
@@ -73,6 +79,8 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.bench}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{args.bench}.txt").write_text(text + "\n")
+    if found.picture:
+      found.picture(folder / f"{args.bench}.png")
   return result
 
 

@@ -1,7 +1,9 @@
 """The benchmarks say what they measured: tables, JSON, and whether both sides computed the same."""
 
+import dataclasses
 import json
 import time
+import types
 
 import numpy as np
 import pytest
@@ -10,19 +12,24 @@ from absl import logging
 from diffucoder_jax import bench
 from diffucoder_jax.benchmarking import (
   conversion,
+  quality,
+  rivals,
   sampling,
   scoring,
+  steps,
   table,
   timing,
   training,
   twins,
 )
+from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.execution.sandbox import SandboxUnavailable
 from diffucoder_jax.hf import export
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZES = {
   "sample": "--preset tiny --batch_sizes 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
+  "steps": "--preset tiny --lengths 16 9000000 --batches 1 2 --length 8 --matmul_size 32",
   "train": "--preset tiny --batch_size 4 --seq_len 16 --matmul_size 32",
   "logps": "--preset tiny --batch_size 2 --prompt_tokens 5 --new_tokens 6 --matmul_size 32",
   "sandbox": "--jobs 4 --workers 1",
@@ -106,6 +113,157 @@ def test_sampling_alone(tmp_path, alone):
   wanted = ours["evaluations"] * 2 * (11 * (layers + attended) + 6 * 2 * 64 * 512)
   np.testing.assert_allclose(flops, wanted, rtol=1e-6)
   assert found["versions"].keys() == {"python", "jax"}
+
+
+def test_what_is_asked_for_beside_the_exact_sampler(tmp_path, alone):
+  more = "--new_tokens 8 --block_size 4 --cache dual --threshold 0.5".split()
+  found, text = run("sample", tmp_path, *more)
+  rows = by(found, "who")
+  ours, asked = rows[sampling.OURS,], rows[sampling.ASKED,]
+  assert asked["equal"] <= asked["tokens"] == 16 and ours["equal_asked"] == asked["equal"]
+  assert ours["x_asked"] == [pytest.approx(ours["seconds"][0] / asked["seconds"][0])]
+  assert "block_size 4, cache dual, threshold 0.5." in text
+  # Always refreshed: nothing but blocks, and one block is the exact sampler.
+  same = "--block_size 6 --cache prefix --refresh 1".split()
+  asked = by(run("sample", tmp_path, *same)[0], "who")[sampling.ASKED,]
+  assert asked["equal"] == asked["tokens"] == 12
+
+
+def test_rows_stop_at_their_end(tmp_path, alone):
+  """In blocks of one: from left to right, so that a row is done when its end token is written."""
+  size = "--new_tokens 8 --block_size 1 --batch_sizes 1".split()
+  whole = by(run("sample", tmp_path, *size, "--stop_at_eos", "--end_id", "510")[0], "who")
+  assert whole[sampling.ASKED,]["evaluations"] == whole[sampling.ASKED,]["tokens"] == 8  # no end
+  written = answers_of(size)[0]
+  place = next(i for i, token in enumerate(written) if i and token not in written[:i])
+  ended = by(
+    run("sample", tmp_path, *size, "--stop_at_eos", "--end_id", str(written[place]))[0], "who"
+  )
+  assert ended[sampling.ASKED,]["evaluations"] == place + 1
+  assert ended[sampling.OURS,]["tokens_asked"] == place + 1
+  with pytest.raises(ValueError, match="end token"):
+    run("sample", tmp_path, "--stop_at_eos")
+
+
+def answers_of(more):
+  """The tokens that `bench sample` writes as asked."""
+  seen, real = [], sampling.our_sampler
+
+  def spy(*args):
+    task, seconds = real(*args)
+    return lambda: seen.append(task()) or seen[-1], seconds
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampling, "our_sampler", spy)
+    bench.main(["sample", "--repeats", "1", *SIZES["sample"].split(), *more])
+  return seen[1].tokens_RN.tolist()
+
+
+def test_tokens_behind_an_end_do_not_count():
+  tokens_RN = np.asarray([[5, 1, 7, 1], [5, 6, 7, 8]])
+  found = sampling.upto_end(tokens_RN, 1, True)
+  np.testing.assert_array_equal(found, [[1, 1, 0, 0], [1, 1, 1, 1]])
+  assert sampling.upto_end(tokens_RN, 1, False).all()
+
+
+def test_fewer_rows_go_on():
+  config = SamplerConfig(max_new_tokens=8, block_size=4, stop_at_eos=True)
+  assert sampling.fewer(config, 16) == (8, 4, 2)
+  assert sampling.fewer(config, 1) == ()
+  assert sampling.fewer(dataclasses.replace(config, stop_at_eos=False), 16) == ()
+  assert sampling.fewer(dataclasses.replace(config, cache="dual"), 16) == ()
+
+
+def test_prompts_of_a_file(tmp_path, monkeypatch):
+  (tmp_path / "prompts.jsonl").write_text(
+    "".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in (1, 2, 3, 4, 5))
+  )
+  args = bench.parse_arguments(
+    ["sample", "--prompts", str(tmp_path / "prompts.jsonl"), "--first", "4"]
+  )
+  ckpt = types.SimpleNamespace(
+    tokenizer=types.SimpleNamespace(adds_bos=False, encode=lambda text: [*text.encode()])
+  )
+  batches = sampling.batches_of(args, ckpt, 2)
+  assert [[len(row) for row in rows] for rows in batches] == [[2, 4], [6, 8]]
+  with pytest.raises(ValueError, match="batches of 3"):
+    sampling.batches_of(args, ckpt, 3)
+  with pytest.raises(ValueError, match="no tokenizer"):
+    sampling.batches_of(args, types.SimpleNamespace(tokenizer=None), 2)
+
+
+def test_steps(tmp_path):
+  pytest.importorskip("matplotlib")
+  found, text = run("steps", tmp_path)
+  rows = by(found, "batch", "length")
+  assert rows.keys() == {(1, 8), (1, 16), (2, 8)} and "left out: 1 x 9000000" in text
+  for row in rows.values():
+    assert row["x_roofline"] == [pytest.approx(row["step"][0] / row["roofline"][0])]
+    assert row["bound"] in ("FLOPs", "bytes") and row["unembed"][0] > 0
+  assert (tmp_path / "steps.png").stat().st_size > 1000
+  found, text = run("steps", tmp_path, "--budget", "0")
+  assert found["rows"] == [] and "left out: 2 x 8, --budget was spent" in text
+
+
+def test_a_roofline_is_of_what_takes_longer(monkeypatch):
+  """FLOPs and bytes by hand: 2 rows of 8 tokens, logits of 8; and parts that take known times."""
+  took = dict(
+    step=8.0, projections=2.0, attention=1.0, unembed=4.0, choose=1.0, matmul=1.0, copy=1e-6
+  )
+  monkeypatch.setattr(
+    timing, "interleave", lambda tasks, _: ({name: [took[name]] for name in tasks}, {})
+  )
+  monkeypatch.setattr(steps, "_ready", lambda *_: None)
+  from diffucoder_jax.benchmarking import networks
+
+  config = networks.config_of("tiny")
+  params = {"layer_0": {"attn": {"o_inputs_last": np.ones((64, 64))}}}
+  row = steps.measure(
+    types.SimpleNamespace(config=config, params=params, mask_id=511), (2, 8), 1, 100
+  )
+  layers = 2 * 2 * (64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128)
+  flops = 16 * (layers + 4 * 2 * 4 * 16 * 8) + 8 * 2 * 64 * 512
+  assert row["roofline"] == [pytest.approx(flops / 2e6)] and row["bound"] == "FLOPs"
+  assert row["unembed"] == [0.5] and row["x_unembed"] == [
+    pytest.approx(4 / (8 * 2 * 64 * 512 / 2e6))
+  ]
+  took["copy"] = 1e9
+  assert steps.measure(
+    types.SimpleNamespace(config=config, params=params, mask_id=511), (2, 8), 1, 100
+  )["bound"] == "bytes"  # fmt: skip
+
+
+def test_ways_are_named():
+  assert quality.named({"block_size": 8, "stop_at_eos": True, "cache": "dual"}) == (
+    "block_size 8, stop at eos, cache dual"
+  )
+  for way in quality.WAYS:
+    SamplerConfig(**{**vars(SamplerConfig(max_new_tokens=48, steps=48)), **way})
+
+
+def test_answers_are_judged(tmp_path):
+  """Text behind an end token does not count, and a wrong answer does not pass."""
+  problem = {
+    "task_id": "t/0", "prompt": "Add one.", "entry_point": "f", "tests": ["assert f(1) == 2"],
+    "plus_tests": [], "reference": "def f(x):\n    return x + 1\n", "source": "toy",
+  }  # fmt: skip
+  (tmp_path / "p.jsonl").write_text(json.dumps(problem) + "\n")
+  opened = quality.benchmarks.open_benchmark("problems", str(tmp_path / "p.jsonl"))
+  primer = opened.benchmark.primer
+  tokenizer = types.SimpleNamespace(
+    end_of_turn_id=0, special_ids={}, decode=lambda ids: bytes(ids).decode()
+  )
+  ckpt = types.SimpleNamespace(eos_id=-1, pad_id=-1, mask_id=1, tokenizer=tokenizer)
+  begin = "" if "```" in primer else "```python\n"
+  write = lambda body: [*(begin + body + "\n```").encode()]  # noqa: E731
+  good, bad = write("def f(x):\n    return x + 1"), write("def f(x):\n    return x + 2")
+  try:
+    solved = quality.judge(
+      ckpt, opened, {"a": np.asarray([[*good, 0, 255]]), "b": np.asarray([[*bad, 0, 255]])}
+    )
+  except SandboxUnavailable as error:
+    pytest.skip(f"no isolation on this machine: {error}")
+  assert solved["a"].tolist() == [True] and solved["b"].tolist() == [False]
 
 
 def test_training_alone(tmp_path, alone):
@@ -206,7 +364,7 @@ def with_torch(test):
 def test_the_twin_samples_the_same(tmp_path):
   found, text = run("sample", tmp_path)
   rows = by(found, "who")
-  ours, twin = rows[sampling.OURS,], rows[sampling.TWIN,]
+  ours, twin = rows[sampling.OURS,], rows[rivals.TWIN,]
   assert twin["equal"] == twin["tokens"] == 12
   assert twin["evaluations"] == ours["evaluations"]
   assert twin["x_ours"] == [pytest.approx(twin["seconds"][0] / ours["seconds"][0])]
@@ -215,8 +373,46 @@ def test_the_twin_samples_the_same(tmp_path):
 
 
 @with_torch
+def test_the_twin_samples_the_same_in_blocks(tmp_path):
+  """Of prompts of other lengths, and to the end; all its steps are run."""
+  more = "--new_tokens 8 --block_size 4 --stop_at_eos --end_id 9".split()
+  found, _ = run("sample", tmp_path, *more)
+  rows = by(found, "who")
+  twin = rows[rivals.BLOCKS,]
+  assert twin["equal_asked"] == twin["tokens_asked"] and twin["equal"] < 16
+  assert 6 <= twin["evaluations"] <= 8
+
+
+@with_torch
+def test_left_padding_is_the_same_in_pytorch(tmp_path):
+  from diffucoder_jax.benchmarking import networks
+
+  networks.write_random(tmp_path, networks.config_of("tiny"), seed=1)
+  ckpt = networks.laid_out(networks.open_ours(tmp_path))
+  twin = twins.open_twin(tmp_path)
+  config = SamplerConfig(steps=6, max_new_tokens=6, temperature=0.0, top_p=1.0)
+  batches = [[[3, 4, 5, 6], [7, 8]]]
+  ours, _ = sampling.our_sampler(ckpt, batches, 10, config, -1)
+  theirs = rivals.answer(twin, rivals.whole, batches, config)
+  np.testing.assert_array_equal(ours().tokens_RN, theirs.tokens_RN)
+  blocks = dataclasses.replace(config, block_size=3)
+  ours, _ = sampling.our_sampler(ckpt, batches, 10, blocks, -1)
+  theirs = rivals.answer(twin, rivals.in_blocks, batches, blocks)
+  np.testing.assert_array_equal(ours().tokens_RN, theirs.tokens_RN)
+
+
+@with_torch
+def test_fast_dllm_is_left_out_with_a_reason(tmp_path):
+  more = "--alg maskgit_plus --block_size 3 --cache dual --threshold 0.5 --fast_dllm".split()
+  found, text = run("sample", tmp_path, *more, str(tmp_path))
+  assert "left out: Fast-dLLM's code" in text and "lacks" in text and len(found["rows"]) == 5
+  with pytest.raises(ValueError, match="--fast_dllm is compared at"):
+    run("sample", tmp_path, "--fast_dllm", str(tmp_path))
+
+
+@with_torch
 def test_another_twin_samples_otherwise(tmp_path, perturbed):
-  twin = by(run("sample", tmp_path)[0], "who")[sampling.TWIN,]
+  twin = by(run("sample", tmp_path)[0], "who")[rivals.TWIN,]
   assert twin["equal"] < twin["tokens"]
 
 
@@ -257,7 +453,7 @@ def test_weights_of_a_folder(tmp_path):
   networks.write_random(tmp_path / "weights", networks.config_of("tiny"), "bfloat16", seed=3)
   found, _ = run("sample", tmp_path, "--ckpt", str(tmp_path / "weights"))
   assert str(tmp_path / "weights") in found["title"]
-  assert by(found, "who")[sampling.TWIN,]["equal"] == 12
+  assert by(found, "who")[rivals.TWIN,]["equal"] == 12
 
 
 @with_torch
@@ -275,7 +471,7 @@ def test_dreams_code(tmp_path):
   (code / "modeling_dream.py").write_text("from .configuration_dream import DreamModel\n")
   (code / "generation_utils.py").write_text("")
   found, text = run("sample", tmp_path, "--dream", str(code))
-  dream = by(found, "who")[sampling.DREAM,]
+  dream = by(found, "who")[rivals.DREAM,]
   assert dream["equal"] == dream["tokens"] and "left out" not in text
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 
+import jax
 import numpy as np
 from absl import logging
 
 from diffucoder_jax import convert, pretrained
 from diffucoder_jax.benchmarking import twins
 from diffucoder_jax.hf import export, mapping, shards, weights
+from diffucoder_jax.model import layout
 from diffucoder_jax.model.config import PRESETS, ModelConfig, preset
 
 # What a laptop's CPU trains: the quickstart's order of size.
@@ -110,6 +112,13 @@ def open_ours(folder):
     raise ValueError(f"{folder} names no mask token (mask_token_id in config.json)")
   config = dataclasses.replace(ckpt.config, dtype="float32", remat="none")
   return dataclasses.replace(ckpt, config=config)
+
+
+def laid_out(ckpt):
+  """`Pretrained` with its parameters as a CPU reads them best (`model/layout.py`); elsewhere as it is."""
+  if jax.default_backend() != "cpu" or ckpt.config.lora_rank:
+    return ckpt
+  return dataclasses.replace(ckpt, params=jax.jit(layout.unrolled)(ckpt.params))
 
 
 @contextlib.contextmanager

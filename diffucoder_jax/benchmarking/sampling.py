@@ -1,20 +1,38 @@
-"""Denoising: our sampler against `diffusion_generate` in PyTorch, on the same weights and prompts."""
+"""Denoising: our sampler against `diffusion_generate` in PyTorch, on the same weights and prompts.
 
-import contextlib
+With blocks, a cache, a threshold or another bound, or with an end, ours is timed twice: exactly, and as
+asked.
+"""
+
+import dataclasses
 import functools
 import pathlib
 import tempfile
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
-from diffucoder_jax.benchmarking import networks, table, timing, twins
-from diffucoder_jax.diffusion import canvas, sampler
+from diffucoder_jax import completion
+from diffucoder_jax.benchmarking import networks, rivals, table, timing
+from diffucoder_jax.data import chat
+from diffucoder_jax.diffusion import cache, canvas, sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
-from diffucoder_jax.model import cost
-from diffucoder_jax.model.transformer import Transformer, canvas_features_fn, unembed_fn
+from diffucoder_jax.generate import read_requests, to_prompt
+from diffucoder_jax.model import cost, windows
+from diffucoder_jax.model.transformer import Transformer, unembed_fn
 
-OURS, TWIN, DREAM, FLOOR = "ours, jitted", "PyTorch twin", "Dream's own code", "matmul floor"
+OURS, ASKED, FLOOR = "ours, jitted", "ours, as asked", "matmul floor"
+# Fields of `SamplerConfig` that are flags here: what makes it quicker, most of it at a cost in quality.
+QUICKER = {
+  "block_size": "positions written together, from left to right; 0: anywhere",
+  "cache": "with blocks, which places are computed anew at each step: " + ", ".join(cache.WINDOWS),
+  "refresh": "with a cache, evaluations from one reading of the whole canvas to the next; 0: a block's",
+  "threshold": "also commit all tokens with a probability above it",
+  "kl_bound": "of these only the ones that hardly change, in nats",
+  "entropy_bound": "also commit as many as depend on each other by at most so many nats",
+  "stop_at_eos": "a row stops when all before its first end token is written",
+}
 
 
 def add_arguments(parser):
@@ -26,163 +44,232 @@ def add_arguments(parser):
     "--batch_sizes", type=int, nargs="+", default=(1, 4), metavar="B", help="one after the other"
   )
   flag("--prompt_tokens", type=int, default=64, help="of each prompt, random ids")
+  flag("--prompts", metavar="FILE", help='jsonl of {"prompt": text} instead, as for generate')
+  flag("--first", type=int, default=0, metavar="N",
+       help="so many of the prompts, in batches; 0: one batch")  # fmt: skip
+  flag("--chat", action="store_true", help="they are what a user says")
+  flag("--system", default=chat.SYSTEM, help="with --chat, the system message; '' for none")
   flag("--new_tokens", type=int, default=128, help="for each prompt")
   flag("--steps", type=int, default=0, help="of denoising; 0: one for each new token")
   flag("--alg", choices=("entropy", "maskgit_plus", "topk_margin"), default="entropy",
        help="which positions are written first")  # fmt: skip
   flag("--top_p", type=float, default=1.0, help="1: off")
+  for field in dataclasses.fields(SamplerConfig):
+    if field.name in QUICKER:
+      kind = dict(action="store_true") if field.type is bool else dict(type=field.type)
+      flag(f"--{field.name}", default=field.default, help=QUICKER[field.name], **kind)
+  flag("--end_id", type=int, default=-1, metavar="ID", help="the token that ends an answer; -1: what "
+       "ends a turn with --chat, or the tokenizer's")  # fmt: skip
   flag("--dream", metavar="FOLDER", help="one with the model files of a Dream checkpoint at Hugging "
        "Face; they are run on the weights that all others run on")  # fmt: skip
+  flag("--fast_dllm", metavar="FOLDER", help="as --dream, with those of Fast-dLLM (dream/model in "
+       "github.com/NVlabs/Fast-dLLM), which need a cache, a threshold and one row")  # fmt: skip
+
+
+def configs_of(args):
+  """(exact, asked): `SamplerConfig`s at temperature 0; asked is None where nothing quicker is.
+
+  Raises: ValueError: of the sampler, or of what --fast_dllm needs.
+  """
+  exact = SamplerConfig(
+    alg=args.alg, steps=args.steps or args.new_tokens, max_new_tokens=args.new_tokens,
+    temperature=0.0, top_p=args.top_p,
+  )  # fmt: skip
+  asked = dataclasses.replace(exact, **{name: getattr(args, name) for name in QUICKER})
+  if args.fast_dllm and (asked.cache == "none" or asked.threshold == 1 or args.alg != rivals.ALG):
+    raise ValueError(
+      f"--fast_dllm is compared at --alg {rivals.ALG}, which its code ranks by, with --block_size, "
+      "--cache and --threshold below 1"
+    )
+  return exact, asked if asked != exact else None
 
 
 def run(args):
   """Times sampling at temperature 0; returns a `table.Table`."""
+  exact, asked = configs_of(args)
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary) / "weights"
     folder.mkdir()
     folder, words = networks.write(folder, args)
-    ckpt = networks.open_ours(folder)
-    models, notes, versions = open_rivals(folder, ckpt, args.dream)
-    config = SamplerConfig(
-      alg=args.alg, steps=args.steps or args.new_tokens, max_new_tokens=args.new_tokens,
-      temperature=0.0, top_p=args.top_p,
-    )  # fmt: skip
-    rng = np.random.default_rng(args.seed)
+    ckpt = networks.laid_out(networks.open_ours(folder))
+    opened = rivals.open_all(folder, ckpt, asked or exact, args.dream, args.fast_dllm)
+    models, notes, versions = opened
+    end_id = end_of(args, ckpt)
     rows = []
     for batch in args.batch_sizes:
-      # The mask is in no prompt: it would be a hole to fill.
-      ids_BL = rng.integers(0, ckpt.config.vocab_size - 1, (batch, args.prompt_tokens))
-      ids_BL += ids_BL >= ckpt.mask_id
-      rows += compare(ckpt, models, ids_BL, config, args.repeats, args.matmul_size)
+      found = compare(
+        ckpt, models, batches_of(args, ckpt, batch), (exact, asked), args.repeats, args.matmul_size,
+        end_id,
+      )  # fmt: skip
+      rows += found
+  prompts = f"{args.prompts}" if args.prompts else f"random ones of {args.prompt_tokens} tokens"
   title = (
-    f"sample: {words}, float32; prompts of {args.prompt_tokens} tokens, {args.new_tokens} new ones in "
-    f"{config.steps} steps, {config.alg}, temperature 0"
+    f"sample: {words}, float32; prompts: {prompts}; {args.new_tokens} new tokens in {exact.steps} "
+    f"steps, {exact.alg}, temperature 0"
   )
+  return table.Table(title, rows, [*_notes(args, asked, end_id), *notes], versions)
+
+
+def _notes(args, asked, end_id):
+  """How to read the table."""
   notes = [
     table.compared(args.repeats),
-    "`equal`: new tokens that are ours, at the same place. `gflop per second`: what the network's "
+    "Our weights are laid out for reading before (`model/layout.py`); that is not in the seconds either.",
+    "`equal`: tokens that are ours, at the same place. `gflop per second`: what the network's "
     "projections, attention and the logits of all new tokens need in every evaluation.",
     f"{FLOOR}: these FLOPs at the rate of one float32 product of {args.matmul_size} x "
     f"{args.matmul_size} matrices in JAX.",
-    *notes,
   ]
-  return table.Table(title, rows, notes, versions)
+  if asked is None:
+    return notes
+  changes = {name: getattr(asked, name) for name in QUICKER}
+  default = SamplerConfig()
+  named = [f"{k} {v}" for k, v in changes.items() if v != getattr(default, k)]
+  notes.append(
+    f"{ASKED}: {', '.join(named)}. `x asked`: seconds over its; `equal asked`: of its `tokens asked` "
+    "those that are the same. Evaluations of a cache are of a part of the canvas, but for the refreshes."
+  )
+  if asked.stop_at_eos:
+    notes.append(
+      f"Tokens: up to the first end token ({end_id}) of each row, that one included; without an end, all."
+    )
+  return notes
 
 
-def open_rivals(folder, ckpt, dream=None):
-  """What to compare with: ({name: PyTorch model}, notes on what was left out, versions).
+def end_of(args, ckpt):
+  """The id that ends an answer, or -1. Raises ValueError where --stop_at_eos needs one."""
+  tokenizer = ckpt.tokenizer
+  found = ckpt.eos_id if tokenizer is None or not args.chat else tokenizer.end_of_turn_id
+  found = found if args.end_id < 0 else args.end_id
+  if args.stop_at_eos and found < 0:
+    raise ValueError("--stop_at_eos needs an end token, and these weights name none; give --end_id")
+  return found
+
+
+def batches_of(args, ckpt, batch):
+  """Prompts in batches: lists of lists of token ids."""
+  if not args.prompts:
+    rng = np.random.default_rng(args.seed)
+    # The mask is in no prompt: it would be a hole to fill.
+    ids_BL = rng.integers(0, ckpt.config.vocab_size - 1, (batch, args.prompt_tokens))
+    return [(ids_BL + (ids_BL >= ckpt.mask_id)).tolist()]
+  if ckpt.tokenizer is None:
+    raise ValueError(f"{args.ckpt or args.preset} has no tokenizer to read --prompts with")
+  asked = SimpleNamespace(**{**vars(args), "prompt": None, "infill": None})
+  number = args.first or batch
+  requests = read_requests(asked)[:number]
+  if len(requests) < number or number % batch:
+    raise ValueError(f"{number} prompts of {args.prompts} do not make batches of {batch}")
+  prompts = [to_prompt(asked, ckpt, request) for request in requests]
+  rows = [completion.prompt_ids(ckpt, prompt) for prompt in prompts]
+  return [rows[i : i + batch] for i in range(0, number, batch)]
+
+
+def compare(ckpt, models, batches, configs, repeats, matmul_size, end_id=-1):
+  """Times some batches of one size on all sides.
 
   Args:
-    folder: of the weights, a `pathlib.Path`. ckpt: the same, opened.
-    dream: folder with Dream's code, or None.
-  """
-  why = twins.absent()
-  if why:
-    return {}, [why], {}
-  models, notes = {TWIN: twins.open_twin(folder)}, []
-  if dream:
-    try:
-      target = folder.parent / "dream"
-      model = twins.open_dream(folder, dream, ckpt.config, target)
-      # Some versions load it and cannot run it.
-      torch_sampler(model, np.zeros((1, 2), int), SamplerConfig(steps=1, max_new_tokens=1))()
-      models[DREAM] = model
-    # Code of others, in a version of transformers that it may not be written for.
-    except Exception as error:
-      notes.append(
-        f"left out: {DREAM} at {dream} does not run (it is written for transformers 4.46 to 4.57): "
-        f"{type(error).__name__}: {error}"
-      )
-  return models, notes, twins.versions()
-
-
-def compare(ckpt, models, ids_BL, config, repeats, matmul_size):
-  """Times one batch on all sides.
-
-  Args:
-    ckpt: `Pretrained`. models: {name: PyTorch model with `diffusion_generate`} of the same weights.
-    ids_BL: int, prompts of one length without masks. config: `SamplerConfig`, at temperature 0.
-    repeats: int. matmul_size: of the floor.
+    ckpt: `Pretrained`. models: of `rivals.open_all`, of the same weights.
+    batches: lists of prompts, which are ids without masks. configs: (exact, asked), `configs_of`.
+    repeats: int. matmul_size: of the floor. end_id: of `stop_at_eos`.
   Returns:
     rows of a `table.Table`, ours first, the floor last.
   """
-  batch, prompt_tokens = ids_BL.shape
-  new, length = config.max_new_tokens, prompt_tokens + config.max_new_tokens
-  ours, compile_seconds = our_sampler(ckpt, ids_BL, config)
-  theirs = {name: torch_sampler(model, ids_BL, config) for name, model in models.items()}
+  exact, asked = configs
+  batch, new = len(batches[0]), exact.max_new_tokens
+  length = max(len(row) for rows in batches for row in rows) + new
+  sides = {OURS: exact} if asked is None else {OURS: exact, ASKED: asked}
+  tasks, compile_seconds = {}, {}
+  for name, config in sides.items():
+    tasks[name], compile_seconds[name] = our_sampler(ckpt, batches, length, config, end_id)
+  for name, (model, sample) in models.items():
+    if name == rivals.FAST_DLLM and batch > 1:
+      continue
+    config = asked if name in (rivals.BLOCKS, rivals.FAST_DLLM) else exact
+    tasks[name] = functools.partial(rivals.answer, model, sample, batches, config)
   multiply, flops = timing.matmul(matmul_size)
-  with contextlib.ExitStack() as stack:
-    runs = {name: stack.enter_context(counted(model)) for name, model in models.items()}
-    seconds, canvases = timing.interleave({OURS: ours, **theirs, FLOOR: multiply}, repeats)
+  seconds, found = timing.interleave({**tasks, FLOOR: multiply}, repeats)
 
-  trace = canvases[OURS]
-  evaluations = {OURS: int(np.max(trace.nfe))}
-  evaluations |= {name: len(forward) // (repeats + 1) for name, forward in runs.items()}
-  tokens_BL = {OURS: np.asarray(trace.tokens)}
-  tokens_BL |= {name: canvases[name].numpy() for name in models}
-  needed = cost.scoring(ckpt.config, batch * length, length, evaluations[OURS], batch * new).useful
+  stops = asked is not None and asked.stop_at_eos
+  answers = {name: found[name].tokens_RN for name in tasks}
+  tokens_RN, meant_RN = answers[OURS], upto_end(answers[OURS], end_id, stops)
   rows = []
-  for name in (OURS, *models):
-    equal = tokens_BL[name][:, prompt_tokens:] == tokens_BL[OURS][:, prompt_tokens:]
+  for name in tasks:
     rows.append({
       "batch": batch, "who": name, "seconds": seconds[name],
-      "tokens_per_second": timing.rates(batch * new, seconds[name]),
+      "tokens_per_second": timing.rates(int(meant_RN.sum()), seconds[name]),
       "x_ours": None if name == OURS else timing.ratios(seconds[name], seconds[OURS]),
-      "evaluations": evaluations[name], "compile_seconds": compile_seconds if name == OURS else None,
-      "tokens": batch * new, "equal": None if name == OURS else int(equal.sum()),
-      "gflop_per_second": timing.rates(needed / 1e9, seconds[name]),
+      "evaluations": found[name].evaluations, "compile_seconds": compile_seconds.get(name),
+      "tokens": int(meant_RN.sum()),
+      "equal": None if name == OURS else int((answers[name] == tokens_RN)[meant_RN].sum()),
     })  # fmt: skip
+    if asked is not None and name != ASKED:
+      asked_RN = upto_end(answers[ASKED], end_id, stops)
+      rows[-1] |= {
+        "x_asked": timing.ratios(seconds[name], seconds[ASKED]), "tokens_asked": int(asked_RN.sum()),
+        "equal_asked": int((answers[name] == answers[ASKED])[asked_RN].sum()),
+      }  # fmt: skip
+  # What is needed by all that go through the whole canvas for the whole buffer.
+  number = len(batches) * batch
+  needed = cost.scoring(
+    ckpt.config, number * length, length, found[OURS].evaluations, number * new
+  ).useful
   floor = [needed / flops * s for s in seconds[FLOOR]]
   rows.append({
     "batch": batch, "who": FLOOR, "seconds": floor,
-    "tokens_per_second": timing.rates(batch * new, floor),
+    "tokens_per_second": timing.rates(int(meant_RN.sum()), floor),
     "x_ours": timing.ratios(floor, seconds[OURS]),
-    "gflop_per_second": timing.rates(needed / 1e9, floor),
   })  # fmt: skip
+  if asked is not None:
+    rows[-1]["x_asked"] = timing.ratios(floor, seconds[ASKED])
+  for row in rows:
+    if row["who"] in (OURS, rivals.TWIN, rivals.DREAM, FLOOR):
+      row["gflop_per_second"] = timing.rates(needed / 1e9, row["seconds"])
   return rows
 
 
+def upto_end(tokens_RN, end_id, stops):
+  """Which tokens are meant: all, or with an end those up to the first one; bool [R, N]."""
+  ends_RN = tokens_RN == end_id
+  return (np.cumsum(ends_RN, axis=1) - ends_RN == 0) | (not stops)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(model_config, config, mask_id, slots, params, canvas_BL, valid_BL, keys_B):
-  model = Transformer(model_config)
+def _generate(model_config, config, ids, batch_sizes, params, canvas_BL, valid_BL, keys_B):
+  mask_id, end_id = ids
+  model, window = Transformer(model_config), cache.WINDOWS.get(config.cache)
+  features_fn = windows.features_fn(model, params, config.block_size, window)
   return sampler.generate(
-    canvas_features_fn(model, params), canvas_BL, valid_BL, keys_B, config,
-    mask_id=mask_id, slots=slots, unembed=unembed_fn(model, params),
+    features_fn, canvas_BL, valid_BL, keys_B, config, mask_id=mask_id,
+    end_ids=(end_id,) if end_id >= 0 else (), slots=config.max_new_tokens,
+    batch_sizes=batch_sizes, unembed=unembed_fn(model, params),
   )  # fmt: skip
 
 
-def our_sampler(ckpt, ids_BL, config):
-  """Our side of it: (task that returns a `Trace`, seconds of compilation)."""
-  length = ids_BL.shape[1] + config.max_new_tokens
-  canvas_BL, valid_BL = canvas.lay_out(ids_BL.tolist(), length, config.max_new_tokens, ckpt.mask_id)
+def fewer(config, batch):
+  """Numbers of rows that go on alone when the others are done: halves of the batch."""
+  if config.cache != "none" or not (config.stop_at_eos or config.in_parallel):
+    return ()
+  return tuple(size for i in range(1, 4) if (size := batch >> i))
+
+
+def our_sampler(ckpt, batches, length, config, end_id):
+  """Our side of it: (task that returns `rivals.Answers`, seconds of compilation)."""
+  batch = len(batches[0])
   with jax.set_mesh(ckpt.mesh):
-    arrays = jax.device_put((canvas_BL, valid_BL, sampler.row_keys(0, len(ids_BL))))
-    fixed = ckpt.config, config, ckpt.mask_id, config.max_new_tokens
-    program, seconds = timing.compiled(_generate, *fixed, ckpt.params, *arrays)
-  return lambda: jax.block_until_ready(program(ckpt.params, *arrays)), seconds
+    keys = sampler.row_keys(0, batch)
+    inputs = [
+      jax.device_put((*canvas.lay_out(rows, length, config.max_new_tokens, ckpt.mask_id), keys))
+      for rows in batches
+    ]
+    fixed = ckpt.config, config, (ckpt.mask_id, end_id), fewer(config, batch)
+    program, seconds = timing.compiled(_generate, *fixed, ckpt.params, *inputs[0])
 
+  def task():
+    traces = [jax.block_until_ready(program(ckpt.params, *arrays)) for arrays in inputs]
+    tokens_RL = np.concatenate([trace.tokens for trace in traces])
+    evaluations = float(np.mean([np.max(trace.nfe) for trace in traces]))
+    of_a_row = float(np.mean([np.mean(trace.nfe) for trace in traces]))
+    return rivals.Answers(tokens_RL[:, length - config.max_new_tokens :], evaluations, of_a_row)
 
-def torch_sampler(model, ids_BL, config):
-  """Their side of it: a task that returns the canvas, int64 [B, L]."""
-  import torch
-
-  inputs_BL = torch.tensor(ids_BL)
-  # Each is named, also where it is off: Dream's code has defaults that depend on the version.
-  options = dict(
-    attention_mask=torch.ones_like(inputs_BL), max_new_tokens=config.max_new_tokens,
-    steps=config.steps, alg=config.alg, alg_temp=0.0, eps=config.eps, temperature=0.0,
-    top_p=config.top_p if config.top_p < 1 else None, top_k=config.top_k or None,
-    return_dict_in_generate=False, output_history=False,
-  )  # fmt: skip
-  return lambda: model.diffusion_generate(inputs_BL, **options)
-
-
-@contextlib.contextmanager
-def counted(model):
-  """A list that grows by one whenever a PyTorch model of ours or Dream's runs its network."""
-  runs = []
-  handle = model.model.register_forward_hook(lambda *_: runs.append(None))
-  try:
-    yield runs
-  finally:
-    handle.remove()
+  return task, seconds

@@ -1,5 +1,6 @@
 """A benchmark's result: rows for people as one table, and the same rows, with every repeat, as JSON."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from diffucoder_jax.benchmarking import timing
@@ -14,12 +15,14 @@ class Table(NamedTuple):
       apply.
     notes: lines that say how to read it, and what was left out.
     versions: {library: version} of what was compared with.
+    picture: (path of a .png to write) -> None, or None. Needs matplotlib.
   """
 
   title: str
   rows: list[dict[str, Any]]
   notes: list[str]
   versions: dict[str, str] = {}
+  picture: Callable[[Any], None] | None = None
 
 
 def repeated(repeats):

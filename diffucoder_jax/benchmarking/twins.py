@@ -3,6 +3,7 @@
 PyTorch is optional here, and imported in these functions only.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -45,6 +46,19 @@ def _modules():
   return tempfile.TemporaryDirectory()
 
 
+@contextlib.contextmanager
+def elsewhere():
+  """While `transformers` loads code."""
+  from transformers import dynamic_module_utils
+
+  before = dynamic_module_utils.HF_MODULES_CACHE
+  dynamic_module_utils.HF_MODULES_CACHE = _modules().name
+  try:
+    yield
+  finally:
+    dynamic_module_utils.HF_MODULES_CACHE = before
+
+
 def open_twin(folder):
   """The model of a Hugging Face folder, through AutoModel and the code beside the weights.
 
@@ -54,37 +68,33 @@ def open_twin(folder):
   """
   import torch
   import transformers
-  from transformers import dynamic_module_utils
 
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   torch.set_num_threads(timing.cores())
-  before = dynamic_module_utils.HF_MODULES_CACHE
-  dynamic_module_utils.HF_MODULES_CACHE = _modules().name
-  try:
+  with elsewhere():
     return transformers.AutoModel.from_pretrained(
       folder, torch_dtype=torch.float32, trust_remote_code=True
     ).eval()
-  finally:
-    dynamic_module_utils.HF_MODULES_CACHE = before
 
 
-def open_dream(folder, code, config, target):
-  """The weights of `folder` under Dream's original modeling code.
+def open_other(folder, code, more, config, target):
+  """The weights of `folder` under Dream's modeling code, its original or a changed copy of it.
 
   Args:
-    folder: ours. code: folder with `export.DREAM_FILES`. config: `ModelConfig`. target: to make.
+    folder: ours. code: folder with `export.DREAM_FILES` and the files `more`. config: `ModelConfig`.
+    target: to make.
   Raises:
     FileNotFoundError: a file of the code is absent; ValueError: it cannot express this network.
   """
   code = pathlib.Path(code)
-  missing = [name for name in export.DREAM_FILES if not (code / name).exists()]
+  missing = [name for name in (*export.DREAM_FILES, *more) if not (code / name).exists()]
   if missing:
     raise FileNotFoundError(f"{code} lacks {', '.join(missing)}")
   export.check_remote_code("dream", config)
   shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py"))
   keys, files = export.model_code(config, "dream", code)
-  for name, contents in files.items():
+  for name, contents in (files | {name: (code / name).read_bytes() for name in more}).items():
     (target / name).write_bytes(contents)
   hf_config = json.loads((target / "config.json").read_text())
   (target / "config.json").write_text(json.dumps({**hf_config, **keys}, indent=2))

@@ -19,6 +19,7 @@ from diffucoder_jax.runtime.sharding import batch_shards, constrain
 
 # What the backward pass keeps of each layer, besides the layer's input; it makes the rest again.
 LAYER_INPUT = "layer_input"
+INPUTS_LAST = "_inputs_last"  # behind the name of a matrix [outputs, inputs]
 _policies = jax.checkpoint_policies
 REMAT = {
   "none": None,  # everything
@@ -56,6 +57,11 @@ def _project(x, kernel, contracted):
 def _projected(module, name, x, shape, axes, contracted=1):
   """x times the kernel `name`, plus what the adapter beside it adds, if the config has adapters."""
   c = module.config
+  if module.has_variable("params", name + INPUTS_LAST):  # `layout.unrolled` made it
+    inputs, outputs = shape[:contracted], shape[contracted:]
+    matrix = module.get_variable("params", name + INPUTS_LAST).astype(x.dtype)
+    flat = jnp.einsum("BI,OI->BO", x.reshape(-1, math.prod(inputs)), matrix)
+    return flat.reshape(*x.shape[: x.ndim - contracted], *outputs)
   y = _project(x, _weight(module, name, c.init_std, shape, axes), contracted)
   if c.lora_rank:
     y += Adapter(c, shape, axes, contracted, name=name + ADAPTER)(x)
@@ -229,18 +235,25 @@ class Transformer(nn.Module):
       raise ValueError(f"model.remat is {c.remat!r}; choose one of {sorted(REMAT)}")
     if REMAT[c.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-    layers = nn.scan(
-      block,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast,) * 5 + (0,),
-      length=c.num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
     # Positional arguments only: nn.scan drops keyword arguments.
-    x_BLD, fresh = layers(c, name="layers")(
-      x_BLD, cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX, cached
-    )
+    rest = cos_BLk, sin_BLk, segment_ids_BL, pattern, seen_BLX
+    if self.has_variable("params", "layer_0"):  # `layout.unrolled` made them
+      fresh = []
+      for i in range(c.num_layers):
+        mine = jax.tree.map(lambda x, i=i: x[i], cached)
+        x_BLD, new = block(c, name=f"layer_{i}")(x_BLD, *rest, mine)
+        fresh.append(new)
+      fresh = None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *fresh)
+    else:
+      layers = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * 5 + (0,),
+        length=c.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      x_BLD, fresh = layers(c, name="layers")(x_BLD, *rest, cached)
     x_BLD = RMSNorm(c, name="final_norm")(x_BLD)
     self.sow("intermediates", "hidden_BLD", x_BLD)
     if cache is not None:

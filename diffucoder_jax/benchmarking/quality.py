@@ -1,0 +1,157 @@
+"""What speed costs: problems solved by each way to denoise, beside its network evaluations and seconds.
+
+All ways answer the same problems with the same weights, greedily. Seconds are of programs that are
+compiled and have run before. `--ckpt` must be tuned to answer, such as the quickstart's sft or grpo.
+"""
+
+import pathlib
+import tempfile
+
+import numpy as np
+
+from diffucoder_jax.benchmarking import networks, rivals, sampling, table, timing
+from diffucoder_jax.data import chat
+from diffucoder_jax.diffusion.sampler import SamplerConfig
+from diffucoder_jax.evals import benchmarks, passk, verdicts
+from diffucoder_jax.evals import sampling as prompting
+from diffucoder_jax.execution.sandbox import Limits, Sandbox
+
+EXACT = "exact"
+# Changes of the exact sampler, which writes one token at a step.
+WAYS = (
+  *(dict(steps=n) for n in (24, 12, 6)),
+  *(dict(threshold=p) for p in (0.95, 0.9, 0.8, 0.7)),
+  *(dict(entropy_bound=nats) for nats in (0.05, 0.2, 0.5)),
+  dict(threshold=0.7, kl_bound=0.01),
+  dict(block_size=16, stop_at_eos=True),
+  dict(block_size=16, threshold=0.9, stop_at_eos=True),
+  dict(block_size=8, threshold=0.9, stop_at_eos=True),
+  *(dict(block_size=16, threshold=0.9, stop_at_eos=True, cache=c) for c in ("prefix", "dual")),
+  dict(block_size=8, threshold=0.9, stop_at_eos=True, cache="dual"),
+)
+
+
+def add_arguments(parser):
+  """Flags of `bench quality`."""
+  networks.add_arguments(parser)
+  flag = parser.add_argument
+  flag("--data_path", required=True, metavar="FILE", help="problems, as for evaluate")
+  flag("--first", type=int, default=200, metavar="N", help="so many of them, in whole batches")
+  flag("--batch_size", type=int, default=50)
+  flag(
+    "--new_tokens", type=int, default=48, help="for each problem, and steps of the exact sampler"
+  )
+  flag("--alg", default="entropy", help="which positions are written first")
+  flag("--system", default="", help="the system message; '' for none")
+
+
+def run(args):
+  """Times and judges; returns a `table.Table`."""
+  if not args.ckpt:
+    raise ValueError("bench quality needs --ckpt: random weights solve nothing")
+  opened = benchmarks.open_benchmark("problems", args.data_path)
+  problems = opened.problems[: args.first]
+  batch = min(args.batch_size, len(problems))
+  opened = opened._replace(problems=problems[: len(problems) - len(problems) % batch])
+  exact = SamplerConfig(
+    alg=args.alg, steps=args.new_tokens, max_new_tokens=args.new_tokens, temperature=0.0, top_p=1.0
+  )
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary) / "weights"
+    folder.mkdir()
+    folder, words = networks.write(folder, args)
+    ckpt = networks.laid_out(networks.open_ours(folder))
+    models, notes, versions = rivals.open_all(folder, ckpt, exact)
+    rows = compare(ckpt, models, opened, batch, exact, WAYS, args)
+  notes = [
+    table.repeated(args.repeats),
+    f"`solved`: share of {len(opened.problems)} problems by one greedy answer; `low`, `high`: its 95 % "
+    f"interval. `points lost`: against {EXACT}; `lost low`, `lost high`: 95 % interval, paired.",
+    f"`seconds`: of an answer, without compilation, in batches of {batch}. `x quicker`: than "
+    f"{rivals.TWIN}, or than {EXACT} where it is absent, turn by turn. `evaluations`: of an answer.",
+    *notes,
+  ]  # fmt: skip
+  title = f"quality: {words}, float32; {args.new_tokens} new tokens, {args.alg}, temperature 0"
+  return table.Table(title, rows, notes, versions, picture(rows))
+
+
+def compare(ckpt, models, opened, batch, exact, ways, args):
+  """Rows of a `table.Table`: PyTorch first, where there is one, then exact, then `ways`."""
+  rows = [
+    prompting.prompt_of(ckpt, problem, "chat", args.system, opened.benchmark.primer)
+    for problem in opened.problems
+  ]
+  batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+  length = max(map(len, rows)) + exact.max_new_tokens
+  configs = {EXACT: exact} | {named(way): SamplerConfig(**{**vars(exact), **way}) for way in ways}
+  tasks = {
+    name: (lambda m=model, s=sample: rivals.answer(m, s, batches, exact))
+    for name, (model, sample) in models.items()
+  }
+  end_id = ckpt.tokenizer.end_of_turn_id
+  for name, config in configs.items():
+    tasks[name], _ = sampling.our_sampler(ckpt, batches, length, config, end_id)
+  seconds, found = timing.interleave(tasks, args.repeats)
+  solved, base = judge(ckpt, opened, {n: a.tokens_RN for n, a in found.items()}), next(iter(tasks))
+  rows = []
+  for name, answers in found.items():
+    share, (low, high) = solved[name].mean(), passk.wilson(solved[name].sum(), len(solved[name]))
+    lost = passk.paired_difference(solved[EXACT], solved[name])
+    rows.append({
+      "way": name, "solved": float(share), "low": low, "high": high,
+      "points_lost": 100 * float(solved[EXACT].mean() - share), "lost_low": 100 * lost["low"],
+      "lost_high": 100 * lost["high"], "evaluations": answers.of_a_row,
+      "seconds": [s / len(solved[name]) for s in seconds[name]],
+      "x_quicker": timing.ratios(seconds[base], seconds[name]),
+    })  # fmt: skip
+  return rows
+
+
+def named(way):
+  """Its settings in words."""
+  return ", ".join(k.replace("_", " ") if v is True else f"{k} {v}" for k, v in way.items())
+
+
+def judge(ckpt, opened, tokens):
+  """{way: which problems its answers solve, bool [R]} of {way: int [R, N]}."""
+  stop = {ckpt.eos_id, ckpt.pad_id, ckpt.tokenizer.end_of_turn_id}
+  stop |= {ckpt.tokenizer.special_ids.get(chat.PAD, -1)}
+  post, solved = opened.benchmark.asked["chat"], {}
+  limits = Limits(cpu_seconds=1.0, wall_seconds=5.0)
+  with Sandbox(limits=limits, packages=verdicts.packages_of(opened)) as sandbox:
+    for way, tokens_RN in tokens.items():
+      rows = {}
+      for problem, ids in zip(opened.problems, tokens_RN.tolist(), strict=True):
+        cut = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+        text = ckpt.tokenizer.decode([token for token in ids[:cut] if token != ckpt.mask_id])
+        rows[problem.task_id, 0] = {"solution": post(problem, opened.benchmark.primer + text)}
+      found = verdicts.judge(opened, rows, sandbox)
+      solved[way] = np.asarray([verdict.solved for verdict in found])
+  return solved
+
+
+def picture(rows):
+  """(path) -> None: share of problems solved against evaluations, and against seconds."""
+
+  def draw(path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, key, words in zip(
+      figure.subplots(1, 2, sharey=True), ("evaluations", "seconds"),
+      ("network evaluations of an answer", "seconds of an answer"), strict=True,
+    ):  # fmt: skip
+      for i, row in enumerate(rows):
+        x = timing.middle(row[key])[0] if key == "seconds" else row[key]
+        bars = [[100 * (row["solved"] - row["low"])], [100 * (row["high"] - row["solved"])]]
+        axes.errorbar(
+          [x], [100 * row["solved"]], bars, marker="os^Dv<>pP*X"[i % 11], color=f"C{i % 10}",
+          markersize=6, elinewidth=0.5, label=row["way"],
+        )  # fmt: skip
+      axes.set_xscale("log")
+      axes.set_xlabel(words)
+    figure.axes[0].set_ylabel("problems solved, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    figure.savefig(path, dpi=150)
+
+  return draw

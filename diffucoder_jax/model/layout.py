@@ -1,0 +1,41 @@
+"""Parameters laid out for a CPU that reads them many times: layer by layer, each matrix as it is read.
+
+In a scan over layers XLA copies a layer's matrices out of the stack whenever it comes to them, and on
+CPU its product with few rows is quicker when the dimension that is summed over is the last one of the
+matrix. Both cost another copy of the layers, made once, and compilation grows with the depth.
+"""
+
+import math
+
+import jax
+
+from diffucoder_jax.model.transformer import INPUTS_LAST
+from diffucoder_jax.runtime.optim import ADAPTER
+
+
+def unrolled(params):
+  """Parameters that `Transformer` goes through layer after layer, with the inputs of each matrix last.
+
+  Args: params: a tree as of `init_params`, unboxed. Call it under `jax.jit`.
+  Returns: a tree for `Transformer.apply` and `unembed`, of the same numbers.
+  Raises: ValueError: there are adapters; merge them first.
+  """
+  tree = {name: x for name, x in params.items() if name != "layers"}
+  depth = len(jax.tree.leaves(params["layers"])[0])
+  for i in range(depth):
+    layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+    attn, mlp = dict(layer["attn"]), layer["mlp"]
+    if any(name.endswith(ADAPTER) for name in (*attn, *attn["q"], *mlp)):
+      raise ValueError("parameters with adapters cannot be unrolled; merge them first")
+    for name in "qkv":
+      attn[name] = dict(attn[name])
+      attn[name]["kernel" + INPUTS_LAST] = _inputs_last(attn[name].pop("kernel"), 1)
+    attn["o" + INPUTS_LAST] = _inputs_last(attn.pop("o"), 2)
+    mlp = {name + INPUTS_LAST: _inputs_last(kernel, 1) for name, kernel in mlp.items()}
+    tree[f"layer_{i}"] = {**layer, "attn": attn, "mlp": mlp}
+  return tree
+
+
+def _inputs_last(kernel, inputs):
+  """[outputs, inputs] of a kernel whose first `inputs` dimensions are inputs."""
+  return kernel.reshape(math.prod(kernel.shape[:inputs]), -1).T
