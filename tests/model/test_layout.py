@@ -51,10 +51,10 @@ def test_windows_are_the_same():
   dual = lambda first, last, length: (first - 1, last)  # noqa: E731
   found = []
   for p in (params, laid):
-    fresh, again = windows.logits_fn(model, p, 2, dual)
-    logits, kept = fresh(CANVAS_BL, VALID_BL, 6)
+    fresh, again = windows.features_fn(model, p, 2, dual)
+    features, kept = fresh(CANVAS_BL, VALID_BL, 6)
     assert kept.keys.shape == (3, 2, 10, 2, 8)
-    found.append((logits, again(jnp.asarray(CANVAS_BL)[:, ::-1], VALID_BL, 6, kept)))
+    found.append((features, again(jnp.asarray(CANVAS_BL)[:, ::-1], VALID_BL, 6, kept)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *found)
 
 
