@@ -24,6 +24,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.evals import trace as trace_pictures
 from diffucoder_jax.pretrained import from_pretrained
+from diffucoder_jax.requests import read_requests, to_prompt
 from diffucoder_jax.runtime import sharding
 
 
@@ -70,36 +71,6 @@ def parse_arguments(argv=None):
   return parser.parse_args(argv)
 
 
-def read_requests(args):
-  """The prompts as dicts with "prompt" or "infill".
-
-  Raises:
-    ValueError: names the line that holds neither.
-  """
-  if args.prompt or args.infill:
-    kind = "prompt" if args.prompt else "infill"
-    return [{kind: text} for text in args.prompt or args.infill]
-  if args.prompts in (None, "-"):
-    return [{"prompt": sys.stdin.read()}]
-  requests = []
-  # Not splitlines(): JSON strings may hold U+2028 and its like, which it takes for line ends.
-  lines = epath.Path(args.prompts).read_text().removesuffix("\n").split("\n")
-  for number, line in enumerate(lines if lines != [""] else [], 1):
-    try:
-      request = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f"{args.prompts} line {number} is not JSON: {error}") from error
-    if not isinstance(request, dict) or not {"prompt", "infill"} & request.keys():
-      raise ValueError(f'{args.prompts} line {number} needs "prompt" or "infill"')
-    kind = "infill" if "infill" in request else "prompt"
-    if not isinstance(request[kind], str):
-      raise ValueError(f"{args.prompts} line {number}: {kind!r} is not a text: {request[kind]!r}")
-    requests.append(request)
-  if not requests:
-    raise ValueError(f"{args.prompts} holds no prompts")
-  return requests
-
-
 def sampler_config(args, causal, infill):
   """`SamplerConfig` of the flags that were given, on defaults that suit the checkpoint."""
   names = [field.name for field in dataclasses.fields(sampler.SamplerConfig)]
@@ -107,16 +78,6 @@ def sampler_config(args, causal, infill):
   defaults = {"alg": "left_to_right"} if causal else {}
   holes_only = {"max_new_tokens": 0} if infill else {}
   return sampler.SamplerConfig(**{**defaults, **given, **holes_only})
-
-
-def to_prompt(args, ckpt, request):
-  """What `completion.generate` takes: a text, or token ids of holes or of a conversation."""
-  if "infill" in request:
-    return completion.infill_prompt(ckpt, request["infill"])
-  if args.chat:
-    messages = [{"role": "user", "content": request["prompt"]}]
-    return chat.render_prompt(messages, ckpt.tokenizer, args.system)
-  return request["prompt"]
 
 
 def main(args):

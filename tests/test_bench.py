@@ -115,6 +115,7 @@ def test_sampling_alone(tmp_path, alone):
   assert found["versions"].keys() == {"python", "jax"}
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_beside_the_exact_sampler(tmp_path, alone):
   more = "--new_tokens 8 --block_size 4 --cache dual --threshold 0.5".split()
   found, text = run("sample", tmp_path, *more)
@@ -129,6 +130,7 @@ def test_what_is_asked_for_beside_the_exact_sampler(tmp_path, alone):
   assert asked["equal"] == asked["tokens"] == 12
 
 
+@pytest.mark.slow
 def test_rows_stop_at_their_end(tmp_path, alone):
   """In blocks of one: from left to right, so that a row is done when its end token is written."""
   size = "--new_tokens 8 --block_size 1 --batch_sizes 1".split()
@@ -192,6 +194,7 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
     sampling.batches_of(args, types.SimpleNamespace(tokenizer=None), 2)
 
 
+@pytest.mark.slow
 def test_steps(tmp_path):
   pytest.importorskip("matplotlib")
   found, text = run("steps", tmp_path)
@@ -266,6 +269,7 @@ def test_answers_are_judged(tmp_path):
   assert solved["a"].tolist() == [True] and solved["b"].tolist() == [False]
 
 
+@pytest.mark.slow
 def test_training_alone(tmp_path, alone):
   rows = by(run("train", tmp_path)[0], "what", "who")
   assert len(rows) == 6
@@ -275,6 +279,7 @@ def test_training_alone(tmp_path, alone):
   assert rows[training.STEP, training.OURS]["loss"] != losses[0]
 
 
+@pytest.mark.slow
 def test_scores_alone(tmp_path, alone):
   found, _ = run("logps", tmp_path)
   rows = by(found, "what", "who")

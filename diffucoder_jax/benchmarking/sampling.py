@@ -18,9 +18,9 @@ from diffucoder_jax.benchmarking import networks, rivals, table, timing
 from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import cache, canvas, sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
-from diffucoder_jax.generate import read_requests, to_prompt
 from diffucoder_jax.model import cost, windows
 from diffucoder_jax.model.transformer import Transformer, unembed_fn
+from diffucoder_jax.requests import read_requests, to_prompt
 
 OURS, ASKED, FLOOR = "ours, jitted", "ours, as asked", "matmul floor"
 # Fields of `SamplerConfig` that are flags here: what makes it quicker, most of it at a cost in quality.

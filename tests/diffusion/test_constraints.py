@@ -257,6 +257,7 @@ def test_what_cannot_be_kept_is_named():
       wrong()
 
 
+@pytest.mark.slow
 def test_a_cache_keeps_them_too():
   """Blocks, read through a cache that is always as good as new."""
 
