@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffucoder_jax import pretrained
 from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.diffusion import process, queue, sampler
 from diffucoder_jax.model import windows
@@ -42,13 +43,13 @@ def prompts(number, seed=0, longest=40, holes=3):
   return rows
 
 
-def write(params, rows, config, keys=None, **options):
+def write(params, rows, config, keys=None, model_config=CONFIG, **options):
   """{row: (tokens, steps) without padding} of the queue."""
   if keys is None:
     keys = key_data(range(len(rows)))
   options = {"mask_id": MASK, "end_ids": (EOS,), "batch_size": 16, **options}
   found = {}
-  for batch in queue.write(windows.network(CONFIG), params, rows, keys, config, **options):
+  for batch in queue.write(windows.network(model_config), params, rows, keys, config, **options):
     for b, i in enumerate(batch.indices):
       one = queue.unpadded(batch.trace, b)
       assert i not in found and one.tokens.shape[1] == len(rows[i]) + config.max_new_tokens
@@ -61,16 +62,19 @@ def key_data(rows):
   return np.asarray(jax.random.key_data(keys))[list(rows)]
 
 
-def plainly(params, row, key, config):
+def plainly(params, row, key, config, model_config=CONFIG, mask_id=MASK):
   """(tokens, steps) of one row alone, unpadded, with the logits of all places."""
   new = config.max_new_tokens
-  canvas, valid = canvases.lay_out([row], len(row) + new, new, MASK)
-  config = dataclasses.replace(config, steps=config.steps or int(np.sum(canvas == MASK)))
-  logits_fn = canvas_logits_fn(Transformer(CONFIG), params)
+  canvas, valid = canvases.lay_out([row], len(row) + new, new, mask_id)
+  config = dataclasses.replace(config, steps=config.steps or int(np.sum(canvas == mask_id)))
   keys = jax.random.wrap_key_data(jnp.asarray(key)[None])
-  trace = jax.jit(
-    lambda: sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=MASK, end_ids=(EOS,))
-  )()
+
+  @jax.jit
+  def run(params):
+    logits_fn = canvas_logits_fn(Transformer(model_config), params)
+    return sampler.generate(logits_fn, canvas, valid, keys, config, mask_id=mask_id)
+
+  trace = run(params)
   return np.asarray(trace.tokens[0]), np.asarray(trace.step[0])
 
 
@@ -172,3 +176,30 @@ def test_a_mesh_changes_no_row(params):
   found = write(params, rows, config, mesh=mesh, batch_size=8)
   for i in range(10):
     np.testing.assert_array_equal(found[i][0], wanted[i][0])
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_the_same(folder_of):
+  """Qwen2.5-Coder-0.5B, its attention opened: what it writes is no code, but all its sizes are real."""
+  ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"))
+  model_config = dataclasses.replace(ckpt.config, attention="full")
+  mask_id, config = 151660, dataclasses.replace(GREEDY, max_new_tokens=10, steps=5)
+  texts = ["def is_prime(n):\n", "import os\n\n\ndef list_files(folder):\n  return [", "x = "]
+  rows = [ckpt.tokenizer.encode(text) for text in texts]
+  rows[0] += [mask_id] * 3 + ckpt.tokenizer.encode("  return True")
+  for temperature in (0.0, 0.8):
+    now = dataclasses.replace(config, temperature=temperature)
+    found = write(ckpt.params, rows, now, model_config=model_config, mask_id=mask_id)
+    stopping = dataclasses.replace(now, stop_at_eos=True)
+    end = int(found[2][0][-5])  # as if this were an end token
+    early = write(
+      ckpt.params, rows, stopping, model_config=model_config, mask_id=mask_id, end_ids=(end,)
+    )
+    for i, row in enumerate(rows):
+      tokens, step = plainly(ckpt.params, row, key_data([i])[0], now, model_config, mask_id)
+      np.testing.assert_array_equal(found[i][0], tokens)
+      np.testing.assert_array_equal(found[i][1], step)
+      same = (early[i][0] == tokens) | (early[i][0] == mask_id)
+      ends = np.flatnonzero((tokens == end) & (step >= 0))
+      assert same.all() and (early[i][0] != mask_id)[: ends[0] if len(ends) else None].all()
+    assert (early[2][0] == end).any()
