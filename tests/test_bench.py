@@ -485,3 +485,7 @@ def test_conversion_in_processes_of_their_own(tmp_path):
   found, _ = run("convert", tmp_path)
   there = by(found, "what")[conversion.IN,]
   assert 0 < there["before_mb"][0] < there["peak_mb"][0]
+
+
+def test_the_front_is_what_no_cheaper_way_reaches():
+  assert quality.front([(1, 50), (2, 40), (3, 60), (3, 70), (4, 70), (5, 71)]) == [0, 3, 5]
