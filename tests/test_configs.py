@@ -110,7 +110,7 @@ def test_the_full_size_update_and_rollout_lower():
       c.optim.accumulate,
     )  # fmt: skip
     lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.int32(0), jax.random.key(1))
-    prepared = programs.prepare_rollout(c, mesh, SimpleNamespace(model="qwen2.5-coder-7b"))
+    prepared = programs.prepare_rollout(c, mesh, SimpleNamespace(model="diffucoder_7b"))
     sampled = prepared.fn.lower(*prepared.args)
   after, metrics = lowered.out_info
   assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
