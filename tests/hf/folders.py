@@ -27,14 +27,14 @@ def config_json(kind, **changes):
   return {"model_type": kind.removesuffix("-tied"), **SIZES, **ids, **tied, **changes}
 
 
-def make(folder, kind, dtype, num_shards=1, **changes):
-  """Writes a folder with the safetensors library. Returns its tensors."""
+def make(folder, kind, dtype, num_shards=1, scale=0.2, **changes):
+  """Writes a folder with the safetensors library. Returns its tensors, of standard deviation `scale`."""
   folder.mkdir(parents=True, exist_ok=True)
   hf_config = config_json(kind, **changes)
   (folder / "config.json").write_text(json.dumps(hf_config))
   rng = np.random.default_rng(0)
   wanted = mapping.hf_shapes(ModelConfig(**mapping.config_from_hf(hf_config)))
-  state = {name: (0.2 * rng.normal(size=shape)).astype(dtype) for name, shape in wanted.items()}
+  state = {name: (scale * rng.normal(size=shape)).astype(dtype) for name, shape in wanted.items()}
   if num_shards == 1:
     save_file(state, folder / shards.SINGLE, metadata={"format": "pt"})
     return state
