@@ -5,7 +5,9 @@
 Needs torch and transformers (`pip install -e '.[torch]'`), no network. Float32 on CPU. Ends with
 exit code 1 when any generated token differs, or logits differ by more than 1e-4 and by more than
 twice what PyTorch differs from itself when it runs the rows one by one: large weights, or weights
-that run in another pattern than they were trained for, have no 1e-4 in float32.
+that run in another pattern than they were trained for, have no 1e-4 in float32. Where they do differ
+by more, PyTorch runs again in float64 (twice the memory), and ours may be as far from that as PyTorch
+in float32 is: on some processors that is 5e-4 for a model of 0.5B.
 """
 
 import argparse
@@ -43,11 +45,11 @@ def torch_logits(model, ids_BL, valid_BL):
   """The PyTorch side's logits, shifted to their targets as ours are: [:, i] scores token i + 1."""
   valid_BL = torch.tensor(valid_BL.astype(np.int64))
   with torch.no_grad():
-    return model(torch.tensor(ids_BL), attention_mask=valid_BL).logits.float().numpy()[:, :-1]
+    return model(torch.tensor(ids_BL), attention_mask=valid_BL).logits.numpy()[:, :-1]
 
 
-def logits_differences(ckpt, model, rows, ids_BL, valid_BL):
-  """Largest differences over real positions: (theirs from ours, theirs from themselves)."""
+def same_logits(ckpt, model, rows, ids_BL, valid_BL):
+  """Whether logits of real positions agree, as the first lines say; prints the largest difference."""
   ours_BLV = np.asarray(diffucoder_jax.logits(ckpt, ids_BL, valid_BL))[:, 1:]
   theirs_BLV = torch_logits(model, ids_BL, valid_BL)
   both_BL = valid_BL[:, 1:] & valid_BL[:, :-1]
@@ -55,7 +57,20 @@ def logits_differences(ckpt, model, rows, ids_BL, valid_BL):
   for row, theirs_LV, both_L in zip(rows, theirs_BLV, both_BL, strict=True):
     alone_LV = torch_logits(model, np.asarray([row]), np.ones((1, len(row)), bool))[0]
     themselves = max(themselves, float(np.abs(theirs_LV[both_L] - alone_LV).max()))
-  return float(np.abs(ours_BLV - theirs_BLV)[both_BL].max()), themselves
+  largest = lambda a_BLV, b_BLV: float(np.abs(a_BLV - b_BLV)[both_BL].max())  # noqa: E731
+  difference, exact = largest(ours_BLV, theirs_BLV), ""
+  good = difference <= max(TOLERANCE, 2 * themselves)
+  if not good:
+    exact_BLV = torch_logits(model.double(), ids_BL, valid_BL)
+    model.float()
+    ours, theirs = largest(ours_BLV, exact_BLV), largest(theirs_BLV, exact_BLV)
+    good = ours <= max(TOLERANCE, theirs)
+    exact = f"; from PyTorch in float64: ours {ours:.1e}, PyTorch in float32 {theirs:.1e}"
+  print(
+    f"logits, batch of {len(rows)}, left-padded: largest difference {difference:.1e} (PyTorch from "
+    f"itself, row by row: {themselves:.1e}{exact})"
+  )
+  return good
 
 
 def generate_both(ckpt, model, rows, ids_BL, valid_BL, alg, steps, new_tokens):
@@ -101,12 +116,7 @@ def main():
     rows = [rng.integers(0, ckpt.config.vocab_size, n).tolist() for n in (7, 12)]
   ids_BL, valid_BL = left_padded(rows, ckpt.pad_id)
 
-  difference, noise = logits_differences(ckpt, model, rows, ids_BL, valid_BL)
-  print(
-    f"logits, batch of {len(rows)}, left-padded: largest difference {difference:.1e} (PyTorch from "
-    f"itself, row by row: {noise:.1e})"
-  )
-  good &= difference <= max(TOLERANCE, 2 * noise)
+  good &= same_logits(ckpt, model, rows, ids_BL, valid_BL)
   for alg, steps in CASES.items() if full else ():
     ours, theirs = generate_both(ckpt, model, rows, ids_BL, valid_BL, alg, steps, args.new_tokens)
     print(f"{alg}: {int((ours == theirs).sum())} of {ours.size} new tokens are the same")
