@@ -22,7 +22,7 @@ from etils import epath
 from diffucoder_jax import completion
 from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import constraints, sampler
-from diffucoder_jax.evals import trace as trace_pictures
+from diffucoder_jax.evals import terminal
 from diffucoder_jax.pretrained import from_pretrained
 from diffucoder_jax.requests import read_requests, to_prompt
 from diffucoder_jax.runtime import sharding
@@ -115,7 +115,7 @@ def main(args):
     return
   for i, (request, output) in enumerate(zip(requests, results, strict=True)):
     if args.show:
-      trace_pictures.render_terminal(output.trace, 0, ckpt.tokenizer)
+      terminal.render(output.trace, 0, ckpt.tokenizer)
     else:
       before = "" if args.chat else request.get("prompt", "")
       print(output.full_text if "infill" in request else before + output.text)

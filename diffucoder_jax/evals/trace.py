@@ -1,4 +1,4 @@
-"""Pictures of one denoising: replayed state by state, as an SVG drawing, and live in a terminal.
+"""Pictures of one denoising: replayed state by state, and as an SVG drawing.
 
 Everything here reads a `Trace` of diffusion/sampler.py (or anything with its fields as numpy
 arrays): tokens [B, L] int32, step [B, L] int32 (0-based step that committed the token, -1 = given
@@ -8,9 +8,6 @@ People count from one, so the pictures show `step + 1`.
 """
 
 import html
-import shutil
-import sys
-import time
 import unicodedata
 from typing import NamedTuple
 
@@ -136,7 +133,7 @@ def pieces(ids, tokenizer):
   return found
 
 
-def _printable(text):
+def printable(text):
   """Neither XML nor a terminal may see control characters that a model made up."""
   text = text.replace("\r\n", "\n").replace("\t", TAB)
   return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
@@ -148,7 +145,7 @@ def _cells(text):
   return wide - sum(unicodedata.combining(c) != 0 for c in text)
 
 
-def _wrapped(tokens, columns):
+def wrapped(tokens, columns):
   """Lays (text, tag) tokens out in lines: yields (line, column, text, tag), "\\n" by itself."""
   line, column = 0, 0
   for text, tag in tokens:
@@ -196,19 +193,19 @@ def _text_panel(shapes, trace, row, tokenizer, columns, colour_of, steps, top):
           f"entropy {entropy:.3f} nats"
         )
       colour = colour_of(step_L[i]) if committed else ""
-      tokens.append(("\u25a0" if text is None else _printable(text), (colour, title)))
+      tokens.append(("\u25a0" if text is None else printable(text), (colour, title)))
   masks = int(masked_L[end + 1 :].sum())
   said = [f"{len(ends)} end tokens"] * (len(ends) > 1) + [f"{masks} left masked"] * (masks > 0)
   if said:
     tokens.append(("  " + ", ".join(said), ("", "")))
   bottom = top
-  for line, column, text, (colour, title) in _wrapped(tokens, columns):
+  for line, column, text, (colour, title) in wrapped(tokens, columns):
     x, y = MARGIN + column * CELL, top + line * LINE
     bottom = max(bottom, y + LINE)
     width = CELL * (1 if text == "\n" else _cells(text))
     if colour:
       # Half a pixel of air on each side keeps neighbours of one step apart.
-      shapes.append(Box(x + 0.5, y + 1, width - 1, LINE - 2, colour, _printable(title)))
+      shapes.append(Box(x + 0.5, y + 1, width - 1, LINE - 2, colour, printable(title)))
     if text == "\n":
       text = "\u21b5" if colour else ""
     body = text.strip(" ")
@@ -337,73 +334,3 @@ def svg(trace, row, tokenizer, columns=88):
       "</svg>",
     ]
   )
-
-
-# The terminal.
-
-_ANSI = {"given": "", "masked": "\x1b[2m", "committed": "\x1b[32m", "new": "\x1b[30;42m"}
-
-
-def ansi(tokens, previous, first, tokenizer, columns=88):
-  """One state as text with ANSI colours, one string per line, no line wider than `columns`.
-
-  Args:
-    tokens, previous, first: int [L], this state, the one before it and the first one, without
-      padding.
-  Returns:
-    A list of str. Masked positions are a dim `\u2592`, tokens committed since `previous` dark on
-    green, earlier ones green, given ones plain. End tokens are not drawn.
-  """
-  styled = []
-  for i, text in enumerate(pieces(tokens, tokenizer)):
-    if tokens[i] == tokenizer.mask_id:
-      styled.append(("\u2592", "masked"))
-    elif text is not None:
-      new = "new" if previous[i] == tokenizer.mask_id else "committed"
-      style = new if first[i] == tokenizer.mask_id else "given"
-      styled.append((_printable(text), style))
-  lines = [""]
-  for line, _, text, style in _wrapped(styled, columns - 1):
-    lines += [""] * (line + 1 - len(lines))
-    if text == "\n":
-      text = "\u21b5" if style == "new" else ""
-    if text:
-      lines[line] += f"{_ANSI[style]}{text}\x1b[0m" if _ANSI[style] else text
-  return lines
-
-
-def render_terminal(trace, row, tokenizer, delay=0.08, out=None):
-  """Plays one row's denoising in the terminal, each state over the one before it.
-
-  Where `out` is not a terminal (a pipe, a log file) only the last state is written, without colours
-  or cursor movements.
-
-  Args:
-    delay: seconds each state stays. out: a text stream; standard output when None.
-  """
-  out = sys.stdout if out is None else out
-  valid_L = np.asarray(trace.valid[row], bool)
-  first_L = first_state(trace, row, tokenizer.mask_id)[valid_L]
-  if not out.isatty():
-    texts = pieces(np.asarray(trace.tokens[row])[valid_L], tokenizer)
-    out.write(_printable("".join(text or "" for text in texts)) + "\n")
-    return
-  size = shutil.get_terminal_size()
-  height, previous_L, shown = 0, first_L, None
-  out.write("\x1b[?25l")  # hide the cursor
-  try:
-    for state in (first_L, *(s[valid_L] for s in states(trace, row, tokenizer.mask_id)), None):
-      # The last frame is the finished row: nothing new in it, no masks behind its end token.
-      now_L = previous_L if state is None else state
-      keep_L = (now_L != tokenizer.mask_id) | (state is not None)
-      kept = (x[keep_L] for x in (now_L, previous_L, first_L))
-      shown = ansi(*kept, tokenizer, size.columns)
-      if state is not None:  # while it moves, only what fits on the screen
-        shown = shown[-(size.lines - 1) :]
-      out.write((f"\x1b[{height}A" if height else "") + "\r\x1b[J" + "\n".join(shown) + "\n")
-      out.flush()
-      height, previous_L = len(shown), now_L
-      time.sleep(delay if state is not None else 0)
-  finally:
-    out.write("\x1b[?25h")
-    out.flush()

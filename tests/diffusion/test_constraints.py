@@ -11,25 +11,14 @@ import pytest
 from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.diffusion.pace import Pace
+from tests.diffusion.toy import VOCAB, network
 
-MASK, END, VOCAB, NEW = 14, 1, 16, 8
+MASK, END, NEW = 14, 1, 8
 PROMPTS = ([2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12])
 PLAIN = sampler.SamplerConfig(
   alg="maskgit_plus", max_new_tokens=NEW, temperature=0.0, top_p=1.0, alternatives=2
 )
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def network(canvas_BL, valid_BL, index_BS=None):
-  """Logits that hang on all real tokens of a row and on the place among them, and on nothing else."""
-  place_BL = jnp.maximum(jnp.cumsum(valid_BL, axis=1) - 1, 0)
-  table_LV = jax.random.normal(jax.random.key(0), (64, VOCAB)) * 2
-  mixing_VV = jax.random.normal(jax.random.key(1), (VOCAB, VOCAB))
-  seen_BV = jnp.sum(jax.nn.one_hot(canvas_BL, VOCAB) * valid_BL[..., None], axis=1) @ mixing_VV
-  logits_BLV = table_LV[place_BL] + seen_BV[:, None]
-  if index_BS is not None:
-    logits_BLV = jnp.take_along_axis(logits_BLV, index_BS[..., None], axis=1)
-  return logits_BLV
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "batch_sizes"))

@@ -12,8 +12,9 @@ from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.diffusion import sampler, trace
 from diffucoder_jax.evals import dumps, replay, viewer
 from diffucoder_jax.evals import trace as pictures
+from tests.diffusion.toy import VOCAB, network
 
-MASK, END, VOCAB, NEW = 14, 1, 16, 8
+MASK, END, NEW = 14, 1, 8
 PROMPTS = ([2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12])
 WINO = sampler.SamplerConfig(
   alg="maskgit_plus", max_new_tokens=NEW, temperature=0.0, top_p=1.0, threshold=0.7, revoke=0.5,
@@ -101,19 +102,6 @@ def test_what_is_not_written_again_leaves_nothing_but_the_event():
 
 
 # On a network in which all hangs together.
-
-
-def network(canvas_BL, valid_BL, index_BS=None, seen=None):
-  if seen is not None:
-    jax.debug.callback(lambda canvas: seen.append(np.asarray(canvas)), canvas_BL, ordered=True)
-  place_BL = jnp.maximum(jnp.cumsum(valid_BL, axis=1) - 1, 0)
-  table_LV = jax.random.normal(jax.random.key(0), (64, VOCAB)) * 2
-  mixing_VV = jax.random.normal(jax.random.key(1), (VOCAB, VOCAB))
-  seen_BV = jnp.sum(jax.nn.one_hot(canvas_BL, VOCAB) * valid_BL[..., None], axis=1) @ mixing_VV
-  logits_BLV = table_LV[place_BL] + seen_BV[:, None]
-  if index_BS is not None:
-    logits_BLV = jnp.take_along_axis(logits_BLV, index_BS[..., None], axis=1)
-  return logits_BLV
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "batch_sizes"))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from diffucoder_jax.evals import terminal
 from diffucoder_jax.evals import trace as trace_lib
 
 PAD, BOS, EOS, MASK = range(256, 260)
@@ -138,13 +139,13 @@ def test_ansi_tells_masked_new_old_and_given_apart():
   first = np.array([97, MASK, MASK, MASK])
   previous = np.array([97, 98, MASK, MASK])
   now = np.array([97, 98, 99, MASK])
-  [line] = trace_lib.ansi(now, previous, first, TOKENIZER)
+  [line] = terminal.ansi(now, previous, first, TOKENIZER)
   assert line == "a\x1b[32mb\x1b[0m\x1b[30;42mc\x1b[0m\x1b[2m\u2592\x1b[0m"
 
 
 def test_ansi_wraps_and_disarms_escape_codes():
   now = np.array(TOKENIZER.encode("\x1b[2J" + "z" * 25))
-  lines = trace_lib.ansi(now, now, now, TOKENIZER, columns=11)
+  lines = terminal.ansi(now, now, now, TOKENIZER, columns=11)
   assert lines == ["\ufffd[2Jzzzzzz", "z" * 10, "z" * 9]
 
 
@@ -157,7 +158,7 @@ def test_terminal_playback_ends_in_the_text(monkeypatch):
   monkeypatch.setenv("COLUMNS", "40")
   monkeypatch.setenv("LINES", "10")
   trace, out = make_trace(ends=1, masks=5), Terminal()
-  trace_lib.render_terminal(trace, 0, TOKENIZER, delay=0, out=out)
+  terminal.render(trace, 0, TOKENIZER, delay=0, out=out)
   frames = out.getvalue().split("\x1b[J")
   # Nothing, the masked canvas, five steps, the finished row.
   assert len(frames) == 8
@@ -169,5 +170,5 @@ def test_terminal_playback_ends_in_the_text(monkeypatch):
 
 def test_a_pipe_gets_plain_text_once():
   out = io.StringIO()
-  trace_lib.render_terminal(make_trace(), 0, TOKENIZER, out=out)
+  terminal.render(make_trace(), 0, TOKENIZER, out=out)
   assert out.getvalue() == "a = é<b>\n  x\n"
