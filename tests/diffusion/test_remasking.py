@@ -197,3 +197,17 @@ def test_divergence_is_kl():
   wanted = np.sum(now * np.log(now / before), axis=-1)
   np.testing.assert_allclose(remasking.divergence(now, before), wanted, atol=1e-5)
   np.testing.assert_allclose(remasking.divergence(now, now), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("steps", "masks", "step", "count"),
+  [(478, 956, 96, 2), (484, 968, 75, 2), (490, 980, 20, 2), (493, 986, 2, 1), (500, 1000, 1, 1)],
+)
+def test_commits_hang_on_the_last_bit_of_the_noise_level(steps, masks, step, count):
+  """Counts with the levels of `torch.linspace` (2.13); those of `jnp.linspace` and `np.linspace` give one
+  more or less in some of these."""
+  ratios_T, left = remasking.commit_ratios(steps, 1e-3), jnp.asarray([masks])
+  for now in range(step + 1):
+    committed = remasking.commit_count("entropy", left, now, steps, ratios_T[now])
+    left = left - committed
+  assert committed[0] == count
