@@ -204,8 +204,7 @@ def test_divergence_is_kl():
   [(478, 956, 96, 2), (484, 968, 75, 2), (490, 980, 20, 2), (493, 986, 2, 1), (500, 1000, 1, 1)],
 )
 def test_commits_hang_on_the_last_bit_of_the_noise_level(steps, masks, step, count):
-  """Counts with the levels of `torch.linspace` (2.13); those of `jnp.linspace` and `np.linspace` give one
-  more or less in some of these."""
+  """Counts with the levels of `torch.linspace` (2.13); with those of `jnp.linspace` some are others."""
   ratios_T, left = remasking.commit_ratios(steps, 1e-3), jnp.asarray([masks])
   for now in range(step + 1):
     committed = remasking.commit_count("entropy", left, now, steps, ratios_T[now])
