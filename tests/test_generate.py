@@ -334,7 +334,7 @@ def test_files_in_and_out(program, workdir, ckpt, tmp_path, capsys):
 
 
 def test_show_draws_the_denoising(program, workdir, capsys, monkeypatch):
-  monkeypatch.setattr(program.trace_pictures.time, "sleep", lambda _: None)
+  monkeypatch.setattr(program.terminal.time, "sleep", lambda _: None)
   monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
   run_program(program, workdir, "--prompt", PROMPTS[0], "--show")
   printed = capsys.readouterr().out
