@@ -25,8 +25,8 @@ TEMPLATE = "def f1003(x):\n<|fill:6|>x + <|fill:3|>\n"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A diffusion run that knows its small corpus well: checkpoints 40 and 80."""
-  return tiny.overfitted(tmp_path_factory.getbasetemp(), None)[0]
+  """A diffusion run that knows its small corpus well: checkpoints 80 and 160."""
+  return tiny.overfitted(tmp_path_factory.getbasetemp(), None, 160)[0]
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +246,11 @@ def test_autoregressive_weights_need_no_mask(ckpt, monkeypatch):
 def test_every_kind_of_path(workdir, ckpt, shared):
   by_step = {
     path: generate(pretrained.from_pretrained(workdir / path), PROMPTS[:1], GREEDY)
-    for path in ("checkpoints/40", "checkpoints/80")
+    for path in ("checkpoints/80", "checkpoints/160")
   }
   newest = tokens_and_steps(generate(ckpt, PROMPTS[:1], GREEDY))
-  assert tokens_and_steps(by_step["checkpoints/80"]) == newest
-  assert tokens_and_steps(by_step["checkpoints/40"]) != newest
+  assert tokens_and_steps(by_step["checkpoints/160"]) == newest
+  assert tokens_and_steps(by_step["checkpoints/80"]) != newest
   golden = pretrained.from_pretrained(shared / "golden" / "checkpoint")
   (done,) = generate(golden, [[7, 8, 9, golden.mask_id, 11]], GREEDY)
   assert done.text == "" and len(done.tokens) == 13

@@ -162,11 +162,10 @@ def finished(base):
 
 
 @functools.cache
-def overfitted(base, arg):
+def overfitted(base, arg, steps=80):
   """Trains many steps on one easy batch. Returns (workdir, bits per byte on the held-out side)."""
   home, folder = make_home(base), base / f"overfitted_{arg}"
   corpus = one_batch_corpus(folder / "corpus", home.tokenizer)
-  steps = 80
   changes = {
     "data.path": corpus, "data.held_out": 0.5, "optim.steps": steps, "optim.lr": 1e-2,
     "checkpoint.every": steps // 2, "eval.every": steps, "eval.draws": 8,

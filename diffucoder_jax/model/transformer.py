@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from diffucoder_jax.model import attention, blockwise, embedding, kv_cache
 from diffucoder_jax.model.config import ModelConfig
 from diffucoder_jax.runtime.optim import ADAPTER
-from diffucoder_jax.runtime.sharding import batch_shards, constrain
+from diffucoder_jax.runtime.sharding import batch_shards, constrain, platform
 
 # What the backward pass keeps of each layer, besides the layer's input; it makes the rest again.
 LAYER_INPUT = "layer_input"
@@ -251,6 +251,7 @@ class Transformer(nn.Module):
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * 5 + (0,),
         length=c.num_layers,
+        unroll=c.num_layers if _unrolls(c) else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       x_BLD, fresh = layers(c, name="layers")(x_BLD, *rest, cached)
@@ -267,6 +268,16 @@ class Transformer(nn.Module):
       frozen_BL1 = (tokens_BL == c.frozen_input_id)[:, :, None]
       x_BLD = jnp.where(frozen_BL1, jax.lax.stop_gradient(x_BLD), x_BLD)
     return constrain(x_BLD, "batch", None, None)
+
+
+def _unrolls(config):
+  """Whether the loop over layers is written out: where XLA is for CPU, and the layers are few.
+
+  There every turn of a loop copies its layer's parameters and what the backward pass will read, which
+  took a fifth of a training step; more layers would take too long to compile, and rematerialised ones
+  would be found to be the same computations and be kept.
+  """
+  return platform() == "cpu" and config.num_layers <= 12 and REMAT[config.remat] is None
 
 
 def init_params(model, key):
