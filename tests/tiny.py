@@ -164,7 +164,7 @@ def finished(base):
 @functools.cache
 def overfitted(base, arg, steps=80):
   """Trains many steps on one easy batch. Returns (workdir, bits per byte on the held-out side)."""
-  home, folder = make_home(base), base / f"overfitted_{arg}"
+  home, folder = make_home(base), base / f"overfitted_{arg}_{steps}"
   corpus = one_batch_corpus(folder / "corpus", home.tokenizer)
   changes = {
     "data.path": corpus, "data.held_out": 0.5, "optim.steps": steps, "optim.lr": 1e-2,

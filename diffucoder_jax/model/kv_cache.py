@@ -15,9 +15,6 @@ import jax.numpy as jnp
 from diffucoder_jax.model import attention
 from diffucoder_jax.runtime.sharding import constrain
 
-# The score of a pair that may not meet. Finite, so that a padding token, which meets nobody, is no NaN.
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-
 
 @flax.struct.dataclass
 class Cache:
@@ -89,7 +86,7 @@ def seen(cache, pattern, segment_ids_BL, index_BL):
 def attend(q_BLHK, k_BLJK, v_BLJK, keys_BMJK, values_BMJK, seen_BLX):
   """Grouped-query attention of tokens to cached places and to themselves, as one softmax.
 
-  The two halves meet in the scores, so the cached half is read and never copied. Softmax is float32.
+  The two halves meet in the sums, so the cached half is read and never copied. Softmax is float32.
 
   Args:
     q_BLHK, k_BLJK, v_BLJK: of the tokens, rotated.
@@ -98,19 +95,12 @@ def attend(q_BLHK, k_BLJK, v_BLJK, keys_BMJK, values_BMJK, seen_BLX):
   Returns:
     [B, L, H, K] in the dtype of `q_BLHK`.
   """
-  batch, length, heads, head_dim = q_BLHK.shape
-  kv_heads, places = k_BLJK.shape[2], keys_BMJK.shape[1]
-  q_BLJGK = q_BLHK.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-
-  def scores(k_BMJK):
-    s = jnp.einsum("BLJGK,BMJK->BJGLM", q_BLJGK, k_BMJK, preferred_element_type=jnp.float32)
-    return s * head_dim**-0.5
-
-  s_BJGLX = jnp.concatenate([scores(keys_BMJK), scores(k_BLJK)], axis=-1)
-  s_BJGLX = jnp.where(seen_BLX[:, None, None], s_BJGLX, HIDDEN)
-  p_BJGLX = jax.nn.softmax(s_BJGLX, axis=-1).astype(v_BLJK.dtype)
-  mix = lambda p, v: jnp.einsum(  # noqa: E731
-    "BJGLM,BMJK->BLJGK", p, v, preferred_element_type=jnp.float32
+  places = keys_BMJK.shape[1]
+  seen_B1LX = seen_BLX[:, None]
+  return attention.over_all_pairs(
+    q_BLHK,
+    [
+      (keys_BMJK, values_BMJK, seen_B1LX[..., :places]),
+      (k_BLJK, v_BLJK, seen_B1LX[..., places:]),
+    ],
   )
-  o_BLJGK = mix(p_BJGLX[..., :places], values_BMJK) + mix(p_BJGLX[..., places:], v_BLJK)
-  return o_BLJGK.astype(q_BLHK.dtype).reshape(batch, length, heads, head_dim)

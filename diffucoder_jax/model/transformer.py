@@ -251,7 +251,8 @@ class Transformer(nn.Module):
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * 5 + (0,),
         length=c.num_layers,
-        unroll=c.num_layers if _unrolls(c) else 1,
+        # Layers that are computed again would, side by side, be found to be the same, and be kept.
+        unroll=c.num_layers if written_out(c) and REMAT[c.remat] is None else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       x_BLD, fresh = layers(c, name="layers")(x_BLD, *rest, cached)
@@ -270,14 +271,13 @@ class Transformer(nn.Module):
     return constrain(x_BLD, "batch", None, None)
 
 
-def _unrolls(config):
-  """Whether the loop over layers is written out: where XLA is for CPU, and the layers are few.
+def written_out(config):
+  """Whether a loop over layers is written out: where XLA is for CPU, and the layers are few.
 
   There every turn of a loop copies its layer's parameters and what the backward pass will read, which
-  took a fifth of a training step; more layers would take too long to compile, and rematerialised ones
-  would be found to be the same computations and be kept.
+  took a fifth of a training step of 31M parameters; many layers would take too long to compile.
   """
-  return platform() == "cpu" and config.num_layers <= 12 and REMAT[config.remat] is None
+  return platform() == "cpu" and config.num_layers <= 12
 
 
 def init_params(model, key):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.model import kv_cache
+from diffucoder_jax.model import kv_cache, layout
 from diffucoder_jax.model.transformer import (
   Transformer,
   canvas_features_fn,
@@ -27,7 +27,8 @@ def network(config):
   model = Transformer(config)
 
   def any_order(params, width, window):
-    return features_fn(model, params, width, window), unembed_fn(model, params)
+    laid_out = layout.for_many_reads(config, params)
+    return features_fn(model, laid_out, width, window), unembed_fn(model, params)
 
   in_order = functools.partial(next_logits_fn, model) if config.attention == "causal" else None
   return any_order, in_order

@@ -166,6 +166,16 @@ def test_remat_is_in_force(params):
   assert counts["full"] > counts["none"]
 
 
+@pytest.mark.parametrize(
+  "changes, written_out", [({}, True), ({"remat": "full"}, False), ({"num_layers": 13}, False)]
+)
+def test_few_layers_are_written_out_on_a_cpu(changes, written_out):
+  model = Transformer(dataclasses.replace(CONFIG, **changes))
+  tokens_BL = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  program = jax.jit(model.apply).lower({"params": abstract_params(model.config)}, tokens_BL)
+  assert ("stablehlo.while" in program.as_text()) != written_out
+
+
 def test_frozen_row_learns_through_the_head_only(params):
   tokens_BL = np.full((1, 4), 9, np.int32)
 
