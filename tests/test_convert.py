@@ -88,6 +88,7 @@ def test_the_checkpoint_is_one_to_use(tmp_path):
   np.testing.assert_array_equal(pretrained.logits(one, tokens), pretrained.logits(two, tokens))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_mesh_is_exported(tmp_path):
   """Written by eight devices on (2, 2, 2), with an optimiser's state beside the parameters."""
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
@@ -159,6 +160,7 @@ def test_adapters_are_merged_on_export_and_kept_in_checkpoints(tmp_path, dtype, 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adapters_that_are_not_there_are_named(tmp_path):
   folders.make(tmp_path / "source", "Dream", np.float32)
   program.convert(tmp_path / "source", tmp_path / "orbax")

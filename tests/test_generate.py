@@ -46,7 +46,9 @@ def tokens_and_steps(completions):
 # --- The Python API.
 
 
-@pytest.mark.parametrize("config", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+  "config", [GREEDY, pytest.param(DRAWN, marks=pytest.mark.slow)], ids=["greedy", "drawn"]
+)
 def test_neither_batch_size_nor_neighbours_matter(ckpt, config):
   wanted = tokens_and_steps(generate(ckpt, PROMPTS, config, seed=3, batch_size=len(PROMPTS)))
   assert tokens_and_steps(generate(ckpt, PROMPTS, config, seed=3, batch_size=1)) == wanted
@@ -68,6 +70,7 @@ def test_what_was_learnt_comes_out(ckpt):
   assert done.trace.valid.all()
 
 
+@pytest.mark.slow
 def test_blocks_caches_and_parallel_decoding(ckpt):
   blocks = dataclasses.replace(GREEDY, block_size=4)
   exact = generate(ckpt, PROMPTS, blocks)
@@ -115,6 +118,7 @@ def test_infilling_starts_as_a_document_does(ckpt):
   assert infill_prompt(ckpt, "<|fill:2|>x")[0] == ckpt.tokenizer.bos_id
 
 
+@pytest.mark.slow
 def test_constraints_hold_for_every_prompt(ckpt):
   ending = ckpt.tokenizer.encode("# end")
   free = generate(ckpt, PROMPTS, GREEDY)
@@ -137,6 +141,7 @@ def test_constraints_hold_for_every_prompt(ckpt):
     generate(maskless, ["x"], GREEDY, constraints=kept)
 
 
+@pytest.mark.slow
 def test_autoregressive_weights_keep_constraints_too(ckpt):
   causal = dataclasses.replace(ckpt, config=dataclasses.replace(ckpt.config, attention="causal"))
   config = dataclasses.replace(GREEDY, alg="left_to_right")
@@ -229,6 +234,7 @@ def test_nothing_in_nothing_out(ckpt):
   assert generate(ckpt, [], GREEDY) == []
 
 
+@pytest.mark.slow
 def test_autoregressive_weights_need_no_mask(ckpt, monkeypatch):
   causal = dataclasses.replace(ckpt.config, attention="causal")
   with_mask = dataclasses.replace(ckpt, config=causal)
@@ -243,6 +249,7 @@ def test_autoregressive_weights_need_no_mask(ckpt, monkeypatch):
   assert chosen.trace.step[0][-8:].tolist() == list(range(8))
 
 
+@pytest.mark.slow
 def test_every_kind_of_path(workdir, ckpt, shared):
   by_step = {
     path: generate(pretrained.from_pretrained(workdir / path), PROMPTS[:1], GREEDY)
@@ -258,6 +265,7 @@ def test_every_kind_of_path(workdir, ckpt, shared):
   assert golden.mask_id not in done.tokens
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(workdir, ckpt):
   mesh = tiny.sharding.make_mesh(dict(data=2, fsdp=1, tensor=2), jax.devices()[:4])
   spread = pretrained.from_pretrained(workdir, mesh)
@@ -365,6 +373,7 @@ def test_an_empty_file_is_named(program, tmp_path):
     run_program(program, tmp_path, "--prompts", str(tmp_path / "in.jsonl"))
 
 
+@pytest.mark.slow
 def test_standard_input_and_errors_of_the_real_program(workdir, ckpt, tmp_path):
   flags = ["--max_new_tokens", "12", "--temperature", "0", "--top_p", "1"]
   done = tiny.run("generate", ["--checkpoint", str(workdir), *flags], stdin=PROMPTS[0])

@@ -75,7 +75,7 @@ def loss_and_gradients(config, mesh, objective, params):
 @pytest.mark.parametrize(
   "objective, tied, meshes",
   [
-    ("diffusion", False, MESHES),
+    pytest.param("diffusion", False, MESHES, marks=pytest.mark.slow),
     ("diffusion", True, MESHES[3:4]),
     ("autoregressive", False, MESHES[4:5]),
   ],

@@ -48,6 +48,7 @@ def at_step(monkeypatch, number, act):
 # --- Inside this process.
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_bitwise(home, whole, tmp_path, monkeypatch):
   workdir, c = tmp_path / "run", tiny.config(home)
   for run, end in ((5, 5), (2, 7)):  # steps of this run, and the step it ends at
@@ -81,6 +82,7 @@ def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(home, whole, tmp
   tiny.assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_rows_survive_where_files_cannot_be_appended_to(home, whole, tmp_path, monkeypatch):
   """In a bucket metrics.jsonl is written now and then; a checkpoint must never be ahead of it."""
   monkeypatch.setattr(metrics, "_can_append", lambda workdir: False)

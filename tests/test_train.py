@@ -77,6 +77,7 @@ def full_losses(c, params, batch, ratios):
   return [float(one(params, ratio)) for ratio in ratios]
 
 
+@pytest.mark.slow
 def test_adaptation_starts_from_autoregressive_weights(home, autoregressive, tmp_path):
   changes = {"optim.steps": 1, "optim.warmup_steps": 0, "eval.every": 0}
   changes |= {"init_from": str(autoregressive), "objective.anneal_steps": 4}

@@ -85,6 +85,7 @@ def test_a_cache_that_is_always_fresh_changes_nothing(params, kind, way):
   assert_same(run(params, cache=kind, refresh=1, **changes), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(cache.WINDOWS))
 def test_one_layer_needs_no_refresh(params, kind):
   """Keys and values of its other places depend on nothing but themselves. So the window is read right,
@@ -127,6 +128,7 @@ def test_rows_do_not_know_of_each_other(params, kind, refresh):
     assert alone.nfe[0] == together.nfe[row]
 
 
+@pytest.mark.slow
 def test_blocks_come_one_after_the_other(params):
   trace = run(params, steps=6, schedule="uniform")
   step_BN = np.asarray(trace.step)[:, -NEW:]

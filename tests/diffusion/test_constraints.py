@@ -139,6 +139,7 @@ def test_nothing_breaks_a_constraint(setting):
   assert_kept(run(EVERYTHING, **SETTINGS[setting]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["drawn", "blocks", "revoked"])
 def test_rows_do_not_know_of_each_other_nor_of_padding(setting):
   rules = constraints.together(EVERYTHING, constraints.on_logits(end_after, 5))

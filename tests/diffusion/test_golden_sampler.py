@@ -88,6 +88,7 @@ def sampler_config(case):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trajectories_are_token_identical_at_every_step(shared):
   data = golden.tensors(shared / "golden/sampler.safetensors")
   hf_config, config, params = golden.checkpoint(shared / "golden/checkpoint")

@@ -108,6 +108,7 @@ def test_two_hundred_mixed_prompts_with_every_lossless_option(params, config):
   assert 10 < ended < 190
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(params):
   """50 batches of mixed lengths and numbers of holes; every compilation of the process is counted."""
   config, compiled = DRAWN, []

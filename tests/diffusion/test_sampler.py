@@ -92,7 +92,7 @@ PROMPTS = ([2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16])
   "alg, temperature, alg_temp",
   [
     ("entropy", 0.0, 0.0),
-    ("entropy", 0.8, 0.5),
+    pytest.param("entropy", 0.8, 0.5, marks=pytest.mark.slow),
     pytest.param("maskgit_plus", 1.0, 0.0, marks=pytest.mark.slow),
     pytest.param("topk_margin", 1.0, 0.0, marks=pytest.mark.slow),
     pytest.param("origin", 1.0, 0.0, marks=pytest.mark.slow),
@@ -265,6 +265,7 @@ def assert_share(got, want):
   assert (np.abs(got.mean(0) - want) < 5 * np.sqrt(want * (1 - want) / len(got))).all()
 
 
+@pytest.mark.slow
 def test_positions_are_drawn_from_the_softmax_of_confidence_over_alg_temp():
   probs = [0.9, 0.7, 0.6]
   trace = draw_rows(probs, temperature=0.0, alg_temp=0.2)  # int(3 / 2) = 1 in the first step
@@ -353,7 +354,10 @@ def test_settings_out_of_range_are_named(wrong):
     sampler.SamplerConfig(**wrong)
 
 
-@pytest.mark.parametrize(("alg", "temperature"), [("maskgit_plus", 0.0), ("left_to_right", 1.5)])
+@pytest.mark.parametrize(
+  ("alg", "temperature"),
+  [("maskgit_plus", 0.0), pytest.param("left_to_right", 1.5, marks=pytest.mark.slow)],
+)
 def test_rows_that_are_done_leave_the_batch(run, alg, temperature):
   """Same tokens, steps and evaluations, and the network sees no more rows than it has to."""
   prompts = [[2, 3], [4] * 5, [6], [7, 8, 9], [10, 11], [12], [13], [14] * 4]
@@ -381,7 +385,7 @@ def test_rows_that_are_done_leave_the_batch(run, alg, temperature):
   assert len({*seen}) > 2
 
 
-@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus"])
+@pytest.mark.parametrize("alg", [pytest.param("entropy", marks=pytest.mark.slow), "maskgit_plus"])
 def test_a_threshold_commits_what_is_sure_and_at_least_one(run, alg):
   canvas, valid = layout([[2, 3], [4] * 5, [6]], 12, left=0)
   keys = sampler.row_keys(0, 3)
@@ -407,6 +411,7 @@ def test_a_threshold_commits_what_is_sure_and_at_least_one(run, alg):
   assert seen[0.2] < seen[0.9] <= int(np.sum(exact.nfe)) + 3
 
 
+@pytest.mark.slow
 def test_an_entropy_bound_and_a_kl_bound_commit_more_or_less(run):
   canvas, valid = layout([[2, 3], [4] * 5, [6]], 12, left=0)
   keys = sampler.row_keys(0, 3)

@@ -35,7 +35,7 @@ CANVAS_BL = np.arange(20).reshape(2, 10) % 30
 VALID_BL = np.arange(10) >= np.asarray([[0], [3]])
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_logits_are_the_same(tied):
   model, params, laid = both(tied_head=tied, qkv_bias=not tied)
   assert "layers" not in laid and sum(x.size for x in jax.tree.leaves(laid)) == sum(
@@ -46,6 +46,7 @@ def test_logits_are_the_same(tied):
   assert np.abs(wanted).max() > 1
 
 
+@pytest.mark.slow
 def test_windows_are_the_same():
   model, params, laid = both()
   dual = lambda first, last, length: (first - 1, last)  # noqa: E731
@@ -58,6 +59,7 @@ def test_windows_are_the_same():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *found)
 
 
+@pytest.mark.slow
 def test_adapters_are_refused():
   model = Transformer(dataclasses.replace(CONFIG, lora_rank=2))
   with pytest.raises(ValueError, match="adapters"):

@@ -329,6 +329,7 @@ def test_bad_accumulate_is_named():
       optim.accumulated_value_and_grad(loss_fn, make_params(), make_batch(), accumulate)
 
 
+@pytest.mark.slow
 def test_state_is_sharded_like_the_parameters_and_training_agrees_with_one_device():
   tx, _ = optim.make_optimizer(config(warmup_steps=0))
 
