@@ -114,8 +114,8 @@ def _notes(args, asked, end_id):
   """How to read the table."""
   notes = [
     table.compared(args.repeats),
-    "Our weights are laid out before (`model/layout.py`), as `generate` does once a batch; that is not in the "
-    "seconds either.",
+    "Our weights are laid out before (`model/layout.py`), as `generate` does once a batch; that is not "
+    "in the seconds either.",
     "`equal`: tokens that are ours, at the same place. `gflop per second`: what the network's "
     "projections, attention and the logits of all new tokens need in every evaluation.",
     f"{FLOOR}: these FLOPs at the rate of one float32 product of {args.matmul_size} x "
