@@ -64,3 +64,13 @@ def test_adapters_are_refused():
   model = Transformer(dataclasses.replace(CONFIG, lora_rank=2))
   with pytest.raises(ValueError, match="adapters"):
     layout.unrolled(nn.unbox(init_params(model, jax.random.key(0))))
+
+
+def test_it_is_for_few_layers_on_one_cpu_and_no_adapters():
+  model, params, _ = both()
+  assert "layer_0" in layout.for_many_reads(model.config, params)
+  for changes in ({"num_layers": 13}, {"lora_rank": 2}):
+    config = dataclasses.replace(model.config, **changes)
+    assert layout.for_many_reads(config, params) is params
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    assert layout.for_many_reads(model.config, params) is params
