@@ -110,7 +110,7 @@ def over_all_pairs(q_BLHK, parts):
 
   The queries of all heads that share a kv head stand in one matrix (R = H / J * L rows), so nothing of
   all pairs is ever transposed; and what the values add up to is divided, not the weights before, so that
-  the backward pass reads rows of K and not of M for it (as in flash attention, Dao et al. 2022). On CPU a
+  the backward pass reads rows of K and not of M for it (as flash attention, Dao et al. 2022). On CPU a
   training step of 31M parameters takes about a twentieth less so than with
   `jax.nn.dot_product_attention`.
 

@@ -17,8 +17,9 @@ from diffucoder_jax.runtime.optim import ADAPTER
 def for_many_reads(config, params):
   """`unrolled` where it saves time and is possible: few layers on one CPU, no adapters; else `params`.
 
-  Args: config: `ModelConfig`. params: a tree as of `init_params`, unboxed, or of `unrolled`. Call it under
-    `jax.jit`, before the loop that reads them. Returns: a tree for `Transformer.apply`, of the same numbers.
+  Args: config: `ModelConfig`. params: a tree as of `init_params`, unboxed, or of `unrolled`. Call it
+    under `jax.jit`, before the loop that reads them.
+  Returns: a tree for `Transformer.apply`, of the same numbers.
   """
   few_on_one = written_out(config) and jax.sharding.get_abstract_mesh().size <= 1
   if not few_on_one or config.lora_rank or "layers" not in params:
