@@ -37,7 +37,7 @@ from diffucoder_jax.evals import (
   report,
 )
 from diffucoder_jax.pretrained import describe, from_pretrained
-from diffucoder_jax.runtime import checkpoint, workdir
+from diffucoder_jax.runtime import checkpoint, heap, workdir
 
 
 def parse_arguments(argv=None):
@@ -287,6 +287,7 @@ def _is_number(label):
 
 
 if __name__ == "__main__":
+  heap.keep_freed_memory()
   try:
     main(parse_arguments())
   except (ValueError, FileNotFoundError) as error:

@@ -31,6 +31,7 @@ from diffucoder_jax.benchmarking import (
   training,
 )
 from diffucoder_jax.execution.sandbox import SandboxUnavailable
+from diffucoder_jax.runtime import heap
 
 BENCHES = {
   "sample": sampling,
@@ -85,6 +86,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+  heap.keep_freed_memory()
   try:
     main()
   # A folder that is absent, weights that do not fit, a machine without isolation.

@@ -25,7 +25,7 @@ from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.evals import terminal
 from diffucoder_jax.pretrained import from_pretrained
 from diffucoder_jax.requests import read_requests, to_prompt
-from diffucoder_jax.runtime import sharding
+from diffucoder_jax.runtime import heap, sharding
 
 
 def parse_arguments(argv=None):
@@ -140,6 +140,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+  heap.keep_freed_memory()
   try:
     main(parse_arguments())
   except (ValueError, FileNotFoundError) as error:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffucoder_jax.model import attention, blockwise, embedding, kv_cache
 from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.swiglu import swiglu
 from diffucoder_jax.runtime.optim import ADAPTER
 from diffucoder_jax.runtime.sharding import batch_shards, constrain, platform
 
@@ -161,7 +162,7 @@ class Mlp(nn.Module):
     wide, axes = (c.embed_dim, c.mlp_dim), ("embed", "mlp")
     gate_BLF = _projected(self, "gate", x_BLD, wide, axes)
     up_BLF = _projected(self, "up", x_BLD, wide, axes)
-    h_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", None, "mlp")
+    h_BLF = constrain(swiglu(gate_BLF, up_BLF), "batch", None, "mlp")
     return _projected(self, "down", h_BLF, wide[::-1], axes[::-1])
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from diffucoder_jax.runtime import flags
+from diffucoder_jax.runtime import flags, heap
 
 PREEMPTED = 42  # the exit code that tells launchers to start the same command again
 LOST = 43  # of a process that others have left, or that hangs: the same remedy
@@ -38,6 +38,7 @@ def start_distributed():
   pod stops instead of training once per host.
   """
   flags.set_flags()
+  heap.keep_freed_memory()
   enough_threads()
   if os.environ.get("DIFFUCODER_MULTIHOST") != "1":
     return

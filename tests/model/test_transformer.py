@@ -249,3 +249,23 @@ def test_presets_are_whole_networks(name):
     params, Transformer(config).apply({"params": params}, tokens_BL)
   )
   assert jax.eval_shape(apply, tree, tokens_BL).shape == (2, 16, config.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_are_rotated_alike_on_all_machines(dtype, monkeypatch):
+  x_BLHK, d_BLHK = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8)).astype(dtype)
+  cos_BLk, sin_BLk = attention.rotary(jnp.arange(10).reshape(2, 5), 8, 10_000.0)
+
+  def both():
+    value, backward = jax.vjp(lambda x: attention.rotate(x, cos_BLk, sin_BLk), x_BLHK)
+    return value, *backward(d_BLHK)
+
+  on_cpu = both()
+  monkeypatch.setattr(attention.sharding, "platform", lambda: "tpu")
+  for ours, theirs in zip(on_cpu, both(), strict=True):
+    assert ours.dtype == theirs.dtype == dtype
+    np.testing.assert_allclose(
+      *(x.astype(jnp.float32) for x in (ours, theirs)),
+      rtol=1e-2 if dtype == jnp.bfloat16 else 1e-6,
+      atol=1e-6,
+    )

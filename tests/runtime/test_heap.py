@@ -1,0 +1,53 @@
+"""Freed memory is used again: counted as page faults of a real process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource
+import sys
+from diffucoder_jax.runtime import heap
+print("set" if sys.argv[1] == "keep" and heap.keep_freed_memory() else "not set")
+import jax
+import jax.numpy as jnp
+# What lies between the two products, 64 MB, is allocated at each call.
+x = jnp.ones((4096, 4096))
+f = jax.jit(lambda x: (x[:256] @ jnp.sin(x @ x[:, :1] + x)).sum())
+for _ in range(6):
+  jax.block_until_ready(f(x))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+  jax.block_until_ready(f(x))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(how, **env):
+  """(what `keep_freed_memory` said, page faults of three calls) of a fresh process."""
+  names = {n: v for n, v in os.environ.items() if n != "GLIBC_TUNABLES" and "MALLOC_" not in n}
+  env = {**names, "JAX_PLATFORMS": "cpu", **env}
+  command = [sys.executable, "-c", CODE, how]
+  lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split("\n")
+  return lines[0], int(lines[1])
+
+
+@pytest.mark.skipif(not os.confstr("CS_GNU_LIBC_VERSION"), reason="this C library is not glibc")
+def test_a_program_meets_the_memory_of_its_last_call():
+  said, faults = run("keep")
+  usual, many = run("leave")
+  assert (said, usual) == ("set", "not set")
+  assert faults < many / 2 and many > 3 * 64 * 2**20 / 4096 / 2
+
+
+def test_what_the_environment_says_wins():
+  assert run("keep", MALLOC_ARENA_MAX="2")[0] == "not set"
+
+
+def test_not_where_arrays_may_live_elsewhere():
+  code = "from diffucoder_jax.runtime import heap; print(heap.only_cpu(), heap.keep_freed_memory())"
+  env = {**os.environ, "JAX_PLATFORMS": "tpu,cpu"}
+  done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+  assert done.stdout.split() == ["False", "False"], done.stderr
