@@ -19,12 +19,12 @@ def get_config(arg=None):
   # DiffuLLaMA draws t independently per row; spread evenly over the batch, the loss varies less.
   c.objective.t_sampler = "stratified"
   if arg is None:
-    c.optim.steps = 500
-    c.objective.anneal_steps = 50  # a tenth, as the paper: 10,000 of 100,000
+    c.optim.steps = 350
+    c.objective.anneal_steps = 35  # a tenth, as the paper: 10,000 of 100,000
     c.objective.truncate_prob = 0.01
     c.objective.prefix_prob = 0.01
   elif arg == "scratch":
-    c.optim.steps = 900
+    c.optim.steps = 600
   else:
     raise ValueError(f"configs/quickstart_adapt.py knows the argument 'scratch', got {arg!r}")
   return c

@@ -2,7 +2,7 @@
 # The whole story in small, on a laptop: a tokenizer, an autoregressive model of Python, its
 # adaptation to masked diffusion, mid-training, instruction tuning, coupled-GRPO, scores of each stage, the
 # order of decoding, and a report to open in a browser.
-#   bash launch/quickstart.sh [WORKDIR]          about 13 minutes on 2 cores
+#   bash launch/quickstart.sh [WORKDIR]          about 12 minutes on 2 cores
 # Every step is a program that a pod would run with another config. Started again with the same
 # WORKDIR, it goes on where it stopped.
 set -euo pipefail
@@ -11,11 +11,11 @@ source launch/venv.sh
 enter_venv report
 
 WORKDIR=${1:-$PWD/workdir_quickstart}
-AR_STEPS=${AR_STEPS:-400}          # autoregressive pre-training
-ADAPT_STEPS=${ADAPT_STEPS:-500}    # from there to diffusion; "scratch" gets the sum of both
+AR_STEPS=${AR_STEPS:-250}          # autoregressive pre-training
+ADAPT_STEPS=${ADAPT_STEPS:-350}    # from there to diffusion; "scratch" gets the sum of both
 MID_STEPS=${MID_STEPS:-60}         # on cleaned functions
 SFT_STEPS=${SFT_STEPS:-1400}       # on small programming problems
-RL_STEPS=${RL_STEPS:-24}           # on the rewards of running its answers to more of them
+RL_STEPS=${RL_STEPS:-20}           # on the rewards of running its answers to more of them
 mkdir -p "$WORKDIR" || fail "cannot write to $WORKDIR; name another folder"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # What one step compiled another one need not, nor the same step when it is started again.
