@@ -188,6 +188,8 @@ def picture(rows, args):
           mark,
           label=name,
         )
+      axes.set_xticks([row[key] for row in mine], [f"{row[key]:,}" for row in mine])
+      axes.minorticks_off()
       axes.set_xlabel(f"{key}, with {fixed[0]} {fixed[1]}")
       axes.legend(frameon=False)
     left.set_ylabel("seconds")
