@@ -7,10 +7,12 @@ from diffucoder_jax.runtime.sharding import platform
 
 @jax.custom_vjp
 def swiglu(gate, up):
-  """silu(gate) * up (Shazeer 2020), elementwise, in the inputs' dtype.
+  """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), elementwise.
 
   JAX's own backward pass keeps sigmoid(gate) and silu(gate) as well, each as large as the inputs; on
   CPU reading and writing them takes longer than computing them again.
+
+  Args: gate, up: of one shape and floating dtype, which the result and the gradients have.
   """
   return jax.nn.silu(gate) * up
 
