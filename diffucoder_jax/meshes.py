@@ -99,10 +99,11 @@ def on_paper(one, config, work, length, rows, trains, chip, devices):
   kept = item * c.num_layers * tokens * _kept(c, one.remat, tensor) if trains else 0.0
   gathered = item * cost.head_weights(c) / tensor if fsdp > 1 else 0.0
 
-  # Over ICI, on all links at once: weights are gathered for each pass, forward and backward, and
-  # their gradients scattered; `tensor` sums activations twice a layer in each.
-  visits = work.passes * one.accumulate * (3 if trains else 1)
-  sent = visits * item * weights / tensor * (fsdp - 1) / fsdp
+  # Over ICI, on all links at once: weights are gathered for each pass, forward and backward (the output
+  # matrix perhaps once for both), and their gradients scattered; `tensor` sums activations twice a layer
+  # in each.
+  moved = 3 * weights - cost.head_weights(c) if trains else weights
+  sent = work.passes * one.accumulate * item * moved / tensor * (fsdp - 1) / fsdp
   again = cost.RECOMPUTED.get(one.remat, (1.0, 1.0))[0] if trains else 0.0
   sums = 2 * c.num_layers * ((2 + again) if trains else 1)
   sent += (

@@ -26,7 +26,7 @@ from diffucoder_jax.runtime import hlo, optim, sharding
 
 # Ids of Dream's vocabulary; which ones they are changes nothing in a program.
 MASK, END_OF_TEXT, END_OF_TURN = 151666, 151643, 151645
-LOSS_CHUNK, SCORE_CHUNK = 1024, 256  # defaults of loss.token_nll and logps.token_logps
+LOSS_CHUNK, SCORE_CHUNK = 1024, 256  # of cross_entropy.chunk_size() on a TPU and logps.token_logps
 
 
 class Prepared(NamedTuple):

@@ -70,7 +70,7 @@ def propose_where(
     rules: `constraints.Rules` of the B rows, or None.
 
   Each device gathers its needed positions to the front and loops over as many chunks as they fill, so
-  that the other positions' logits never exist (as in `loss.token_nll`).
+  that the other positions' logits never exist (as in `cross_entropy.token_nll`).
   """
 
   def flat(x_BSX):

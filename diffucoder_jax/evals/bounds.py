@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffucoder_jax.diffusion import likelihood, loss, process
+from diffucoder_jax.diffusion import cross_entropy, likelihood, process
 from diffucoder_jax.evals import sampling
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.transformer import Transformer, output_matrix
@@ -62,7 +62,7 @@ def _nats(config, mask_id, draws, estimator, params, tokens_BL, valid_BL, scored
     features_BLD = model.apply(
       {"params": params}, inputs_BL, valid_BL.astype(jnp.int32), positions_BL, pattern
     )
-    return loss.token_nll(features_BLD, output_matrix(params), targets_BL, needed_BL)
+    return cross_entropy.token_nll(features_BLD, output_matrix(params), targets_BL, needed_BL)
 
   if causal:
     return jnp.sum(nll_fn(tokens_BL, tokens_BL, scored_BL), axis=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffucoder_jax.data import batching
-from diffucoder_jax.diffusion import likelihood, loss
+from diffucoder_jax.diffusion import cross_entropy, likelihood
 from diffucoder_jax.model import attention
 from diffucoder_jax.model.transformer import output_matrix
 from diffucoder_jax.runtime import sharding
@@ -21,7 +21,7 @@ def _nats(model, autoregressive, mask_id, draws, params, batch, key, draw):
     features_BLD = model.apply(
       {"params": params}, inputs_BL, batch["segment_ids"], batch["positions"], pattern
     )
-    return loss.token_nll(features_BLD, output_matrix(params), targets_BL, needed_BL)
+    return cross_entropy.token_nll(features_BLD, output_matrix(params), targets_BL, needed_BL)
 
   if autoregressive:
     return jnp.sum(nll_fn(batch["tokens"], batch["tokens"], batch["maskable"]), axis=1)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from diffucoder_jax.diffusion import loss
+from diffucoder_jax.diffusion import cross_entropy
 from diffucoder_jax.model.transformer import output_matrix
 from diffucoder_jax.runtime import sharding
 
@@ -54,7 +54,7 @@ def token_logps(
     noisy_BL = sharding.constrain(jnp.where(masked_BL, mask_id, tokens_BL), "batch", None)
     features_BLD = model.apply({"params": params}, noisy_BL, segment_ids_BL, positions_BL)
     with jax.named_scope("score"):
-      nll_BL = loss.token_nll(
+      nll_BL = cross_entropy.token_nll(
         features_BLD, output_matrix(params), tokens_BL, weights_BL != 0, chunk
       )
     return -weights_BL * nll_BL

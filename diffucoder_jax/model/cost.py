@@ -99,14 +99,14 @@ def training(config, tokens, seq_len, head_share):
 
   Args:
     config: `ModelConfig`. tokens: of the global batch. seq_len: of a row.
-    head_share: share of the positions whose logits are computed (twice, and their gradients).
+    head_share: share of the positions whose logits are computed (once, and their gradients).
   """
   forward = forward_flops(config, seq_len)
-  executed = _executed(config, forward, 1) + forward.head * 4 * head_share
+  executed = _executed(config, forward, 1) + forward.head * 3 * head_share
   return Work(
     tokens * train_flops_per_token(config, seq_len), tokens * executed, tokens, 1,
     f"useful: 6 per weight and token and attention; executed: with remat {config.remat!r}, scores "
-    f"made again, and logits at {head_share:.0%} of the positions, twice",
+    f"made again, and logits at {head_share:.0%} of the positions",
   )  # fmt: skip
 
 

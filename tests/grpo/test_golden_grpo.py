@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffucoder_jax.diffusion import loss
+from diffucoder_jax.diffusion import cross_entropy
 from diffucoder_jax.grpo import logps, masks, objective
 from diffucoder_jax.model.transformer import Transformer
 from diffucoder_jax.runtime import optim
@@ -166,7 +166,7 @@ def test_golden_selective_log_softmax(case):
   logits = data["sls.logits"].reshape(times, 3, -1, *data["sls.logits"].shape[1:])
   index = data["sls.index"].reshape(times, *logits.shape[2:4])
   second = data["sls.mask"].reshape(times, *logits.shape[2:4]) > 0
-  got, token_nll = [], jax.jit(loss.token_nll)
+  got, token_nll = [], jax.jit(cross_entropy.token_nll)
   for i in range(times):
     masked = np.stack([np.ones_like(second[i]), second[i], ~second[i]])
     weights = data["sls.weights"][3 * i : 3 * i + 3, None, None] * masked / 2

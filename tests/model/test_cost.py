@@ -40,7 +40,7 @@ def test_what_training_executes(remat, implementation, layers, attention):
   object.__setattr__(config, "remat", remat)
   work = cost.training(config, 10, 4096, 0.5)
   f = cost.forward_flops(config, 4096)
-  wanted = layers * f.layers + attention * f.attention + 4 * 0.5 * f.head
+  wanted = layers * f.layers + attention * f.attention + 3 * 0.5 * f.head
   assert work.executed == pytest.approx(10 * wanted)
   assert work.useful == pytest.approx(10 * 3 * f.total)
 
