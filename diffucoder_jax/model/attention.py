@@ -75,8 +75,17 @@ def visible(pattern, query_index, key_index):
 def rotary(positions_BL, head_dim, theta):
   """Cosines and sines of the rotary angles, float32 [B, L, head_dim / 2]."""
   inverse_frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions_BL.astype(jnp.float32)[:, :, None] * inverse_frequency[None, None, :]
-  return jnp.cos(angles), jnp.sin(angles)
+
+  def tables(positions_BL):
+    angles = positions_BL.astype(jnp.float32)[:, :, None] * inverse_frequency[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+  if sharding.platform() == "cpu":
+    # XLA would compute them again in every loop that reads them, for each head of each layer; what a
+    # branch returns it keeps. No position is negative.
+    never = positions_BL.min() < 0
+    return jax.lax.cond(never, lambda x: jax.tree.map(jnp.zeros_like, tables(x)), tables, positions_BL)
+  return tables(positions_BL)
 
 
 def rotate(x_BLHK, cos_BLk, sin_BLk):

@@ -251,13 +251,25 @@ def test_presets_are_whole_networks(name):
   assert jax.eval_shape(apply, tree, tokens_BL).shape == (2, 16, config.vocab_size)
 
 
+def test_on_a_cpu_angles_are_found_once(params):
+  """Not again in each loop over heads that reads them; this counts in what XLA made of the network."""
+  jax.config.update("jax_disable_most_optimizations", False)  # as users compile; a fixture resets it
+
+  def total(params, x_BL):
+    return Transformer(CONFIG).apply({"params": params}, x_BL, positions_BL=x_BL).sum()
+
+  text = jax.jit(jax.grad(total)).lower(params, tokens(2, 12)).compile().as_text()
+  assert text.count(" cosine(") == text.count(" sine(") == 1
+
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_heads_are_rotated_alike_on_all_machines(dtype, monkeypatch):
   x_BLHK, d_BLHK = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8)).astype(dtype)
-  cos_BLk, sin_BLk = attention.rotary(jnp.arange(10).reshape(2, 5), 8, 10_000.0)
 
   def both():
-    value, backward = jax.vjp(lambda x: attention.rotate(x, cos_BLk, sin_BLk), x_BLHK)
+    tables = attention.rotary(jnp.arange(10).reshape(2, 5), 8, 10_000.0)
+    value, backward = jax.vjp(lambda x: attention.rotate(x, *tables), x_BLHK)
     return value, *backward(d_BLHK)
 
   on_cpu = both()
