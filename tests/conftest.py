@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("NPROC", "32")  # threads for eight fake devices; see hosts.enough_threads
 
@@ -15,6 +16,10 @@ from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where transformers puts copies of models' code: one place for all tests, not the user's. It cannot be
+# changed within a process, whose modules stay those of the first place.
+HF_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
+os.environ["HF_MODULES_CACHE"] = HF_MODULES.name
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes insist on parsed flags
 
 SHARED = pathlib.Path(

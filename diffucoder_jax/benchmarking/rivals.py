@@ -105,10 +105,10 @@ def in_blocks(model, rows, config, pad_id):
   logits are of the block's masks alone, and all steps are run."""
   import torch
 
-  code = sys.modules[type(model).__module__]
+  code = sys.modules[model.diffusion_generate.__module__]  # the loop's file
   c = code.settings(model.config, None, _options(config))
   with torch.no_grad():
-    x_BL, valid_BL = model._canvas(*_inputs(rows, pad_id), c)
+    x_BL, valid_BL = code.canvas(model.config, *_inputs(rows, pad_id), c)
     attention_mask = None if valid_BL.all() else valid_BL
     width, new = config.block_size, c.max_new_tokens
     blocks = -(-new // width)
@@ -134,8 +134,7 @@ def fast_blocks(model, rows, config, pad_id):
   from transformers import dynamic_module_utils
 
   name = f"{FAST_FILE.removesuffix('.py')}.DreamGenerationMixin"
-  with twins.elsewhere():
-    mixin = dynamic_module_utils.get_class_from_dynamic_module(name, model.config._name_or_path)
+  mixin = dynamic_module_utils.get_class_from_dynamic_module(name, model.config._name_or_path)
   model._sample = types.MethodType(mixin._sample, model)  # as its own eval.py does
   ids_BL, valid_BL = _inputs(rows, pad_id)
   # It compares ids with that of padding, which not all weights name.

@@ -1,9 +1,8 @@
-"""The same weights in PyTorch: the model file that travels with our exports, or Dream's own.
+"""The same weights in PyTorch: the model files that travel with our exports, or Dream's own.
 
 PyTorch is optional here, and imported in these functions only.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -19,7 +18,10 @@ from diffucoder_jax.hf import export
 
 def absent():
   """Why PyTorch cannot be compared with here, in words; "" if it can."""
-  os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; all is in the folders
+  # Both are read when transformers is imported: all is in the folders; copies of models' code do not go
+  # among the user's.
+  os.environ["HF_HUB_OFFLINE"] = "1"
+  os.environ.setdefault("HF_MODULES_CACHE", _modules().name)
   try:
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -42,27 +44,14 @@ def versions():
 
 @functools.cache
 def _modules():
-  """Where `transformers` puts copies of models' code: not among the user's, and gone at exit."""
+  """Where `transformers` puts copies of models' code; gone at exit."""
   return tempfile.TemporaryDirectory()
-
-
-@contextlib.contextmanager
-def elsewhere():
-  """While `transformers` loads code."""
-  from transformers import dynamic_module_utils
-
-  before = dynamic_module_utils.HF_MODULES_CACHE
-  dynamic_module_utils.HF_MODULES_CACHE = _modules().name
-  try:
-    yield
-  finally:
-    dynamic_module_utils.HF_MODULES_CACHE = before
 
 
 def open_twin(folder):
   """The model of a Hugging Face folder, through AutoModel and the code beside the weights.
 
-  Args: folder: with config.json, safetensors and a model file.
+  Args: folder: with config.json, safetensors and model files.
   Returns: a `transformers.PreTrainedModel` in float32, for inference, on as many threads as XLA has.
   Raises: whatever that code or `transformers` raises.
   """
@@ -72,10 +61,9 @@ def open_twin(folder):
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   torch.set_num_threads(timing.cores())
-  with elsewhere():
-    return transformers.AutoModel.from_pretrained(
-      folder, torch_dtype=torch.float32, trust_remote_code=True
-    ).eval()
+  return transformers.AutoModel.from_pretrained(
+    folder, torch_dtype=torch.float32, trust_remote_code=True
+  ).eval()
 
 
 def open_other(folder, code, more, config, target):

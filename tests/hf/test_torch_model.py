@@ -17,17 +17,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import dynamic_module_utils  # noqa: E402
 
 import diffucoder_jax  # noqa: E402
 from diffucoder_jax.completion import SamplerConfig  # noqa: E402
 from diffucoder_jax.diffusion import remasking, sampler  # noqa: E402
-from diffucoder_jax.hf import load, mapping  # noqa: E402
+from diffucoder_jax.hf import export, load, mapping  # noqa: E402
 from diffucoder_jax.model.config import ModelConfig  # noqa: E402
 from tests import golden, torch_reference  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compile")]
-FILE = pathlib.Path(mapping.__file__).parent / "modeling_diffucoder.py"
+FILES = [pathlib.Path(mapping.__file__).parent / name for name in export.MODEL_FILES]
 TOLERANCE = 1e-4
 ARGUMENTS = (
   "alg", "steps", "max_new_tokens", "temperature", "eps", "alg_temp", "top_p", "top_k"
@@ -42,25 +41,23 @@ OTHER = dict(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  """A modules cache of this run's own; and one thread, as more only wait for each other here."""
+def one_thread():
+  """More only wait for each other here."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
-  with pytest.MonkeyPatch.context() as patch:
-    cache = str(tmp_path_factory.mktemp("hf_modules"))
-    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    yield
+  yield
   torch.set_num_threads(threads)
 
 
 def make_folder(folder, config, state):
-  """An exported model: config.json, weights, and the file under test beside them."""
+  """An exported model: config.json, weights, and the files under test beside them."""
   names = {"AutoConfig": "DiffuCoderConfig", "AutoModel": "DiffuCoderModel"}
   auto_map = {auto: f"modeling_diffucoder.{name}" for auto, name in names.items()}
   config = {**config, "auto_map": auto_map, "architectures": ["DiffuCoderModel"]}
   (folder / "config.json").write_text(json.dumps(config))
   save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-  shutil.copy(FILE, folder)
+  for file in FILES:
+    shutil.copy(file, folder)
   return folder
 
 
