@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import diffucoder_jax
-from diffucoder_jax.hf import export
 
 ROOT = pathlib.Path(diffucoder_jax.__file__).parent
 PACKAGES = {"runtime", "execution", "model", "data", "diffusion", "grpo", "evals", "hf"}
@@ -38,7 +37,7 @@ def imports_of_ours(path):
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      assert node.level == 0 or path.name in export.MODEL_FILES, f"{path}: relative import"
+      assert node.level == 0, f"{path}: relative import"
       names = [f"{node.module}.{alias.name}" for alias in node.names]
     else:
       continue
@@ -88,11 +87,11 @@ def test_importing_the_package_is_light():
 
 
 def test_torch_is_never_imported():
-  """But by the files that an export carries; they are data of ours, so that nobody imports them here.
+  """But by the file that an export carries; it is data of ours, so that nobody imports it here.
 
-  The benchmarks, which run those files, import torch inside functions: they do without it as well.
+  The benchmarks, which run that file, import torch inside functions: they do without it as well.
   """
-  travel = [ROOT / "hf" / name for name in export.MODEL_FILES]
+  travels = ROOT / "hf" / "modeling_diffucoder.py"
   for path, parts in modules():
     imported = set()
     tree = ast.parse(path.read_text())
@@ -108,13 +107,12 @@ def test_torch_is_never_imported():
       elif isinstance(node, ast.ImportFrom):
         imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     roots = {name.split(".")[0] for name in imported}
-    if path in travel:
-      each_other = {file.stem for file in travel}
-      assert roots <= {"torch", "transformers"} | each_other | sys.stdlib_module_names, roots
+    if path == travels:
+      assert roots <= {"torch", "transformers"} | sys.stdlib_module_names, roots
     else:
       assert not roots & {"torch", "transformers"}, parts
-      assert not any(file.stem in name for file in travel for name in imported), parts
-  assert all(file.exists() for file in travel)
+      assert not any("modeling_diffucoder" in name for name in imported), parts
+  assert travels.exists()
 
 
 def test_the_public_names_resolve():

@@ -1,4 +1,4 @@
-"""The same weights in PyTorch: the model files that travel with our exports, or Dream's own.
+"""The same weights in PyTorch: the model file that travels with our exports, or Dream's own.
 
 PyTorch is optional here, and imported in these functions only.
 """
@@ -51,7 +51,7 @@ def _modules():
 def open_twin(folder):
   """The model of a Hugging Face folder, through AutoModel and the code beside the weights.
 
-  Args: folder: with config.json, safetensors and model files.
+  Args: folder: with config.json, safetensors and a model file.
   Returns: a `transformers.PreTrainedModel` in float32, for inference, on as many threads as XLA has.
   Raises: whatever that code or `transformers` raises.
   """

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder that `transformers` loads: weights, configs, model files, manifest."""
+"""Writes a Hugging Face folder that `transformers` loads: weights, configs, model file, manifest."""
 
 import hashlib
 import importlib.resources
@@ -10,7 +10,7 @@ from etils import epath
 from diffucoder_jax.hf import mapping, shards
 
 MANIFEST = "manifest.json"
-MODEL_FILES = ("modeling_diffucoder.py", "generation_diffucoder.py")  # the first has the classes
+MODEL_FILE = "modeling_diffucoder.py"
 # Which code a folder asks `transformers` to run: ours, which travels with the weights, or Dream's
 # own, from its page at Hugging Face (needs a network, and transformers 4.46 to 4.57).
 DREAM_FILES = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py")
@@ -72,12 +72,11 @@ def model_code(config, remote_code, source):
   if config.attention == "causal":
     return {}, {}
   if remote_code == "own":
-    here = importlib.resources.files("diffucoder_jax.hf")
-    code = {name: here.joinpath(name).read_bytes() for name in MODEL_FILES}
-    module = MODEL_FILES[0].removesuffix(".py")
+    code = importlib.resources.files("diffucoder_jax.hf").joinpath(MODEL_FILE).read_bytes()
+    module = MODEL_FILE.removesuffix(".py")
     classes = {"AutoConfig": "DiffuCoderConfig", "AutoModel": "DiffuCoderModel"}
     auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
-    return {"auto_map": auto_map}, code
+    return {"auto_map": auto_map}, {MODEL_FILE: code}
   files = {name: epath.Path(source) / name for name in DREAM_FILES}
   here = all(path.exists() for path in files.values())
   prefix = "" if here else f"{DREAM_REPOSITORY}--"

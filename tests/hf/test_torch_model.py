@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import diffucoder_jax  # noqa: E402
 from diffucoder_jax.completion import SamplerConfig  # noqa: E402
 from diffucoder_jax.diffusion import remasking, sampler  # noqa: E402
-from diffucoder_jax.hf import export, load, mapping  # noqa: E402
+from diffucoder_jax.hf import load, mapping  # noqa: E402
 from diffucoder_jax.model.config import ModelConfig  # noqa: E402
 from tests import golden, torch_reference  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compile")]
-FILES = [pathlib.Path(mapping.__file__).parent / name for name in export.MODEL_FILES]
+FILE = pathlib.Path(mapping.__file__).parent / "modeling_diffucoder.py"
 TOLERANCE = 1e-4
 ARGUMENTS = (
   "alg", "steps", "max_new_tokens", "temperature", "eps", "alg_temp", "top_p", "top_k"
@@ -50,14 +50,13 @@ def one_thread():
 
 
 def make_folder(folder, config, state):
-  """An exported model: config.json, weights, and the files under test beside them."""
+  """An exported model: config.json, weights, and the file under test beside them."""
   names = {"AutoConfig": "DiffuCoderConfig", "AutoModel": "DiffuCoderModel"}
   auto_map = {auto: f"modeling_diffucoder.{name}" for auto, name in names.items()}
   config = {**config, "auto_map": auto_map, "architectures": ["DiffuCoderModel"]}
   (folder / "config.json").write_text(json.dumps(config))
   save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-  for file in FILES:
-    shutil.copy(file, folder)
+  shutil.copy(FILE, folder)
   return folder
 
 
