@@ -3,7 +3,6 @@
 import ctypes
 import importlib.metadata
 import importlib.util
-import mmap
 import os
 
 import jax
@@ -12,9 +11,8 @@ import jax
 SETTINGS = (
   (-8, 1, "one arena: another thread's cannot hold what is larger than 64 MB"),
   (-4, 0, "large blocks come from the heap, too, instead of fresh pages each time"),
-  (-1, -1, "and the heap's end is never given back"),
+  (-1, 2**31 - 1, "and the heap's end is not given back"),
 )
-HUGE = 2 * 2**20  # bytes of a huge page
 
 
 def keep_freed_memory():
@@ -22,10 +20,9 @@ def keep_freed_memory():
 
   XLA for CPU allocates what a program needs, often a gigabyte, at each call, and glibc gives blocks so
   large back when they are freed; the next call's are then mapped and zeroed page by page, a fifth of a
-  training step of 31M parameters. The process stays as large as it has been at most. Where the system
-  has them on request, the heap is of huge pages, which a matrix product walks with fewer misses. Call it
-  before anything uses a device. Nothing happens where arrays may live on an accelerator, where the C
-  library is not glibc, and where the environment says something about malloc (MALLOC_*, GLIBC_TUNABLES).
+  training step of 31M parameters. The process stays as large as it has been at most. Call it before
+  anything uses a device. Nothing happens where arrays may live on an accelerator, where the C library
+  is not glibc, and where the environment says something about malloc (MALLOC_*, GLIBC_TUNABLES).
 
   Returns: bool, whether it was set.
   """
@@ -33,22 +30,7 @@ def keep_freed_memory():
   library = ctypes.CDLL(None) if os.name == "posix" else None
   if said or not only_cpu() or not hasattr(library, "gnu_get_libc_version"):
     return False
-  done = all([library.mallopt(parameter, value) for parameter, value, _ in SETTINGS])
-  if done and hasattr(mmap, "MADV_HUGEPAGE"):
-    _ask_for_huge_pages(library, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
-  return done
-
-
-def _ask_for_huge_pages(library, size):
-  """Lets the heap's next `size` bytes be of huge pages; they are addresses, not memory, until written."""
-  library.malloc.restype = ctypes.c_void_p
-  block = library.malloc(ctypes.c_size_t(size))
-  if block is not None:  # else the process may not have so many addresses
-    start = -(-block // HUGE) * HUGE
-    library.madvise(
-      ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), mmap.MADV_HUGEPAGE
-    )
-    library.free(ctypes.c_void_p(block))
+  return all([library.mallopt(parameter, value) for parameter, value, _ in SETTINGS])
 
 
 def only_cpu():
