@@ -105,8 +105,9 @@ _token_nll.defvjp(_forward, _backward)
 def weighted_nll(features_BLD, matrix_DV, targets_BL, needed_BL, weights_BL, chunk=None):
   """`token_nll` and its sum with weights, of which alone there is a gradient.
 
-  A third of the products with the matrix is spared in training: the gradient is found in the forward
-  pass, with the logits that are there, and the backward pass only scales it.
+  Training makes three products with the matrix instead of four: the gradient is found in the forward
+  pass, with the logits that are there, and the backward pass only scales it. Until then the matrix's
+  gradient waits, in float32 and cut as the matrix is.
 
   Args:
     features_BLD, matrix_DV, targets_BL, needed_BL, chunk: as for `token_nll`.
@@ -155,8 +156,8 @@ def _weighted_forward(features_BLD, matrix_DV, targets_BL, needed_BL, weights_BL
   run = _on_mesh(local, (rows, matrix_spec, rows, rows, rows), (rows, rows, matrix_spec))
   nll_BL, *gradients = run(features_BLD, matrix_DV, targets_BL, needed_BL, weights_BL)
   nll_BL = jnp.where(needed_BL, nll_BL, 0.0)
-  dtypes = jnp.zeros((), matrix_DV.dtype)
-  return (jnp.sum(weights_BL * nll_BL), nll_BL), (*gradients, dtypes)
+  like = jnp.zeros((), matrix_DV.dtype)
+  return (jnp.sum(weights_BL * nll_BL), nll_BL), (*gradients, like)
 
 
 def _weighted_backward(chunk, saved, cotangents):
