@@ -113,7 +113,9 @@ def weighted_nll(features_BLD, matrix_DV, targets_BL, needed_BL, weights_BL, chu
     features_BLD, matrix_DV, targets_BL, needed_BL, chunk: as for `token_nll`.
     weights_BL: float32, constants.
   Returns:
-    (float32 scalar, sum(weights * nll); nll_BL float32 [B, L], a constant to gradients).
+    (float32 scalar, sum(weights * nll), in weighted nats; nll_BL float32 [B, L], nats, a constant to
+    gradients).
+  Source: the fused linear cross-entropy of Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
   """
   chunk = chunk_size() if chunk is None else chunk
   targets_BL, needed_BL = jnp.asarray(targets_BL), jnp.asarray(needed_BL)

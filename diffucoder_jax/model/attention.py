@@ -82,9 +82,12 @@ def rotary(positions_BL, head_dim, theta):
 
   if sharding.platform() == "cpu":
     # XLA would compute them again in every loop that reads them, for each head of each layer; what a
-    # branch returns it keeps. No position is negative.
-    never = positions_BL.min() < 0
-    return jax.lax.cond(never, lambda x: jax.tree.map(jnp.zeros_like, tables(x)), tables, positions_BL)
+    # branch returns it keeps. Either branch is right for any position: sin(-a) is -sin(a).
+    def mirrored(positions_BL):
+      cos_BLk, sin_BLk = tables(-positions_BL)
+      return cos_BLk, -sin_BLk
+
+    return jax.lax.cond(jnp.any(positions_BL < 0), mirrored, tables, positions_BL)
   return tables(positions_BL)
 
 
