@@ -133,21 +133,20 @@ set_flags() {
 }
 
 status() {
-  local state
+  local state="" code
   for _ in $(seq 10); do # it may have ended just now, with its exit code about to be noted
-    if running || [ -z "$(get job)" ] || [ -n "$(get exit_code)" ]; then break; fi
+    if running; then
+      state="running pid=$(get pid)"
+    elif code=$(get exit_code) && [ -n "$code" ]; then
+      state="exited code=$code at=$(get ended)"
+    elif [ -z "$(get job)" ]; then
+      state=idle
+    fi
+    [ -z "$state" ] || break
     sleep 0.1
   done
-  if running; then
-    state="running pid=$(get pid)"
-  elif [ -n "$(get exit_code)" ]; then
-    state="exited code=$(get exit_code) at=$(get ended)"
-  elif [ -n "$(get job)" ]; then
-    state=lost # killed together with its supervisor, or the machine was restarted
-  else
-    state=idle
-  fi
-  echo "worker $(hostname) $state job=$(get job) commit=$(cat "$HERE/commit" 2>/dev/null || true)"
+  # lost: killed together with its supervisor, or the machine was restarted
+  echo "worker $(hostname) ${state:-lost} job=$(get job) commit=$(cat "$HERE/commit" 2>/dev/null || true)"
 }
 
 stop() {

@@ -96,6 +96,28 @@ def test_every_ending_of_a_command_is_told(launch):
   assert launch.workers() == ["lost"]
 
 
+def test_an_ending_at_the_moment_of_the_look_is_not_lost(launch, tmp_path):
+  launch.ready()
+  (machine,) = launch.world.machines("adapt-7b")
+  script = machine / "diffucoder" / "code" / "launch" / "worker.sh"
+  (tmp_path / "slow").mkdir()  # a machine on which looking and noting take their time
+  for name, seconds in (("cat", 0.05), ("date", 0.2)):
+    slowly = f'sleep {seconds}; exec {shutil.which(name)} "$@"'
+    fake_cloud.script(tmp_path / "slow" / name, slowly)
+  environment = {**os.environ, "PATH": f"{tmp_path / 'slow'}:{os.environ['PATH']}"}
+  call = lambda *words: subprocess.Popen(  # noqa: E731
+    ["bash", script, *words], stdout=subprocess.PIPE, text=True, env=environment
+  )
+  assert call("start", "x", "sleep", "0.5").wait() == 0
+  looks = []
+  for _ in range(40):
+    looks.append(call("status"))
+    time.sleep(0.02)
+  said = [look.communicate()[0] for look in looks]
+  assert all(" exited code=0 " in line or " running " in line for line in said), said
+  assert " exited code=0 " in said[-1]
+
+
 def test_what_gcloud_says_is_shown(launch):
   (launch.world.folder / "error").write_text(AUTH)
   for words in (["tpu.sh", "create"], ["tpu.sh", "status"], ["babysit.sh", "true"]):
