@@ -1,6 +1,9 @@
 """The queue: the plain sampler's tokens whatever goes together, and no program compiled twice."""
 
 import dataclasses
+import itertools
+import threading
+import time
 
 import flax.linen as nn
 import jax
@@ -150,22 +153,56 @@ def test_few_rows_make_a_small_batch_and_fillers_write_nothing(params):
   assert list(queue.write(windows.network(CONFIG), params, [], [], GREEDY, mask_id=MASK)) == []
 
 
-def test_the_next_batch_runs_while_one_is_read(params):
-  """Two batches of three are launched when the first is handed over, and never three."""
+def launches(params, number):
+  """([how many batches were launched when one was handed over], [`Batch`])."""
   launched = []
 
   def any_order(params, width, window):
     launched.append(1)  # traced once for each new length
     return windows.network(CONFIG)[0](params, width, window)
 
-  rows = [[2] * n for n in (5, 50, 80)]
+  rows = [[2] * n for n in (5, 50, 80, 120, 150)[:number]]
   batches = queue.write(
-    (any_order, None), params, rows, key_data(range(3)), GREEDY, mask_id=MASK, batch_size=1
+    (any_order, None), params, rows, key_data(range(number)), GREEDY, mask_id=MASK, batch_size=1
   )
-  counts = []
-  for _ in batches:
+  counts, found = [], []
+  for batch in batches:
     counts.append(len(launched))
-  assert counts == [2, 3, 3]
+    found.append(batch)
+  return counts, found
+
+
+def test_the_next_batch_runs_while_one_is_read(params, monkeypatch):
+  """On an accelerator two batches of three are launched when the first is handed over, never three."""
+  monkeypatch.setattr(queue, "_side_by_side", queue._one_by_one)
+  assert launches(params, 3)[0] == [2, 3, 3]
+
+
+def test_a_cpu_writes_two_batches_at_a_time(params, monkeypatch):
+  both, calls, fetch = threading.Barrier(2), itertools.count(), queue._fetch
+
+  def together(*args, **options):
+    if next(calls) < 2:
+      both.wait(120)  # raises when the other does not come
+    return fetch(*args, **options)
+
+  monkeypatch.setattr(queue, "_fetch", together)
+  began = time.monotonic()
+  counts, batches = launches(params, 5)
+  took = time.monotonic() - began
+  assert [batch.indices for batch in batches] == [[i] for i in range(5)]
+  assert all(count <= i + 1 + queue.AT_ONCE for i, count in enumerate(counts)), counts
+  assert 0 < sum(batch.seconds for batch in batches) <= took
+  assert all(batch.seconds >= 0 for batch in batches)
+
+
+def test_what_fails_in_a_thread_is_told(params, monkeypatch):
+  def fails(*_, **__):
+    raise ValueError("no memory left")
+
+  monkeypatch.setattr(queue, "_fetch", fails)
+  with pytest.raises(ValueError, match="no memory left"):
+    launches(params, 3)
 
 
 @pytest.mark.slow
