@@ -163,7 +163,10 @@ def draw_tokens(logits_BLV, probs_BLV, mask_id, uniform_BL=None):
 
 def negative_entropy(probs_BLV):
   """Sum of p log(p + 1e-10), nats: higher is surer. Of the filtered, tempered distribution."""
-  return jnp.sum(probs_BLV * jnp.log(probs_BLV + 1e-10), axis=-1)
+  terms_BLV = probs_BLV * jnp.log(probs_BLV + 1e-10)
+  # The `where` changes no term. XLA on CPU hands sums over to a library that takes four times as long for
+  # a logarithm as XLA's own loops, and takes what is summed along with them, but not through a choice.
+  return jnp.sum(jnp.where(probs_BLV > 0, terms_BLV, 0.0), axis=-1)
 
 
 def probability(probs_BLV, drawn_BL, index_BL=None):
