@@ -3,8 +3,9 @@ r"""Masked diffusion from the quickstart's autoregressive model: stage 1 of the 
 python -m diffucoder_jax.train --config=configs/quickstart_adapt.py --workdir=W/adapt \
   --config.init_from=W/ar
 
-Seen on 2 CPU cores (Intel Xeon, Python 3.11.7's library, 2026-11-29): 44 s of training, at most
-2.426 ± 0.047 held-out bits per byte; from scratch 57 s and 2.603 ± 0.049; a unigram model has 2.806.
+Seen on 2 CPU cores (Intel Xeon, Python 3.11.7's library, 2026-11-30): at most 2.426 ± 0.047 held-out bits
+per byte; from scratch 2.618 ± 0.050; a unigram model has 2.806. In 44 and 57 s of training, one after the
+other; in 56 and 83 s side by side.
 
   :scratch  the same network and data from fresh weights, with full attention from the start, for as
             many steps as the autoregressive model and its adaptation took together

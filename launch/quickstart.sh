@@ -2,7 +2,7 @@
 # The whole story in small, on a laptop: a tokenizer, an autoregressive model of Python, its
 # adaptation to masked diffusion, mid-training, instruction tuning, coupled-GRPO, scores of each stage, the
 # order of decoding, and a report to open in a browser.
-#   bash launch/quickstart.sh [WORKDIR]          about 12 minutes on 2 cores
+#   bash launch/quickstart.sh [WORKDIR]          about 10 minutes on 2 cores
 # Every step is a program that a pod would run with another config. Started again with the same
 # WORKDIR, it goes on where it stopped.
 set -euo pipefail
