@@ -104,18 +104,16 @@ def write(
     return time.monotonic(), _run(program, params, (*arrays, keys[chosen]), mesh)
 
   batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-  alone = jax.process_count() == 1
   fetch = functools.partial(_fetch, mesh=mesh)
+  cpu, alone = sharding.platform() == "cpu", jax.process_count() == 1
   # On CPU, programs that run at a time and exchange something can wait for each other for ever.
-  if sharding.platform() != "cpu":
-    yield from _one_by_one(batches, launch, fetch)
-  elif alone and (mesh is None or mesh.size == 1):
+  if cpu and alone and (mesh is None or mesh.size == 1):
     yield from _side_by_side(batches, launch, fetch)
   else:
-    yield from _one_by_one(batches, launch, fetch, ahead=alone)
+    yield from _one_by_one(batches, launch, fetch, ahead=alone or not cpu)
 
 
-def _one_by_one(batches, launch, fetch, ahead=True):
+def _one_by_one(batches, launch, fetch, ahead):
   """Yields `Batch`; with `ahead` the next is launched before one is handed over."""
   running = None
   for chosen, following in zip(batches, [*batches[1:], None], strict=True):

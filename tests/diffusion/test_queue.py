@@ -1,6 +1,7 @@
 """The queue: the plain sampler's tokens whatever goes together, and no program compiled twice."""
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -174,7 +175,8 @@ def launches(params, number):
 
 def test_the_next_batch_runs_while_one_is_read(params, monkeypatch):
   """On an accelerator two batches of three are launched when the first is handed over, never three."""
-  monkeypatch.setattr(queue, "_side_by_side", queue._one_by_one)
+  one_by_one = functools.partial(queue._one_by_one, ahead=True)
+  monkeypatch.setattr(queue, "_side_by_side", one_by_one)
   assert launches(params, 3)[0] == [2, 3, 3]
 
 
