@@ -470,8 +470,7 @@ def test_dreams_code(tmp_path):
   assert "left out: Dream's own code" in text and "lacks configuration_dream.py" in text
   assert len(found["rows"]) == 3
 
-  source = export.epath.Path(export.__file__).parent / export.MODEL_FILE
-  ours = source.read_text().replace("DiffuCoderModel", "DreamModel")
+  ours = export.model_file().decode().replace("DiffuCoderModel", "DreamModel")
   (code / "configuration_dream.py").write_text(ours.replace("DiffuCoderConfig", "DreamConfig"))
   (code / "modeling_dream.py").write_text("from .configuration_dream import DreamModel\n")
   (code / "generation_utils.py").write_text("")

@@ -11,6 +11,7 @@ from diffucoder_jax.hf import mapping, shards
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "modeling_diffucoder.py"
+LOOP = "denoising_diffucoder"  # the module that becomes a part of that file
 # Which code a folder asks `transformers` to run: ours, which travels with the weights, or Dream's
 # own, from its page at Hugging Face (needs a network, and transformers 4.46 to 4.57).
 DREAM_FILES = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py")
@@ -61,6 +62,17 @@ def check_remote_code(remote_code, config):
     )
 
 
+def model_file():
+  """The network for PyTorch with its denoising loop, as the one file that travels: bytes.
+
+  The loop stands where the network's source imports it; why one file, the source says.
+  """
+  sources = importlib.resources.files("diffucoder_jax.hf")
+  network, loop = (sources.joinpath(name).read_text("utf-8") for name in (MODEL_FILE, f"{LOOP}.py"))
+  before, after = re.split(rf"^from \S+\.{LOOP} import .*\n", network, flags=re.MULTILINE)
+  return f"{before}\n# --- {LOOP}.py\n\n{loop}\n\n# --- {MODEL_FILE}\n{after}".encode()
+
+
 def model_code(config, remote_code, source):
   """The code that a folder needs: (keys of config.json, {file name: bytes} to lay beside it).
 
@@ -72,11 +84,10 @@ def model_code(config, remote_code, source):
   if config.attention == "causal":
     return {}, {}
   if remote_code == "own":
-    code = importlib.resources.files("diffucoder_jax.hf").joinpath(MODEL_FILE).read_bytes()
     module = MODEL_FILE.removesuffix(".py")
     classes = {"AutoConfig": "DiffuCoderConfig", "AutoModel": "DiffuCoderModel"}
     auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
-    return {"auto_map": auto_map}, {MODEL_FILE: code}
+    return {"auto_map": auto_map}, {MODEL_FILE: model_file()}
   files = {name: epath.Path(source) / name for name in DREAM_FILES}
   here = all(path.exists() for path in files.values())
   prefix = "" if here else f"{DREAM_REPOSITORY}--"

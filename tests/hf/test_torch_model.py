@@ -3,10 +3,10 @@
 Runs with whichever `transformers` is installed; `launch/transformers.sh` goes through several.
 """
 
+import ast
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import types
 
@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import diffucoder_jax  # noqa: E402
 from diffucoder_jax.completion import SamplerConfig  # noqa: E402
 from diffucoder_jax.diffusion import remasking, sampler  # noqa: E402
-from diffucoder_jax.hf import load, mapping  # noqa: E402
+from diffucoder_jax.hf import export, load, mapping  # noqa: E402
 from diffucoder_jax.model.config import ModelConfig  # noqa: E402
 from tests import golden, torch_reference  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compile")]
-FILE = pathlib.Path(mapping.__file__).parent / "modeling_diffucoder.py"
 TOLERANCE = 1e-4
 ARGUMENTS = (
   "alg", "steps", "max_new_tokens", "temperature", "eps", "alg_temp", "top_p", "top_k"
@@ -50,13 +49,13 @@ def one_thread():
 
 
 def make_folder(folder, config, state):
-  """An exported model: config.json, weights, and the file under test beside them."""
+  """An exported model: config.json, weights, and the file under test, as it travels."""
   names = {"AutoConfig": "DiffuCoderConfig", "AutoModel": "DiffuCoderModel"}
   auto_map = {auto: f"modeling_diffucoder.{name}" for auto, name in names.items()}
   config = {**config, "auto_map": auto_map, "architectures": ["DiffuCoderModel"]}
   (folder / "config.json").write_text(json.dumps(config))
   save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-  shutil.copy(FILE, folder)
+  (folder / export.MODEL_FILE).write_bytes(export.model_file())
   return folder
 
 
@@ -458,3 +457,14 @@ def test_apples_demo_runs_with_only_the_path_changed(golden_folder, tmp_path):
   assert len(generations[0].split(tokenizer.eos_token)) >= 1 and len(output.history) == 16
   assert output.sequences.shape[1] == len("Write a function.\n") + 16
   assert (output.sequences != tokenizer.mask_token_id).all()
+
+
+def test_the_file_that_travels_imports_nothing_of_ours():
+  text = export.model_file().decode()
+  imported = {
+    node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+    for node in ast.walk(ast.parse(text))
+    if isinstance(node, ast.Import | ast.ImportFrom)
+  }
+  assert {name.split(".")[0] for name in imported} == {"dataclasses", "types", "torch", "transformers"}
+  assert text.count("def diffusion_generate(") == text.count("class DiffuCoderModel(") == 1
