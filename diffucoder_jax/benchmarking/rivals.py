@@ -108,7 +108,7 @@ def in_blocks(model, rows, config, pad_id):
   code = sys.modules[type(model).__module__]
   c = code.settings(model.config, None, _options(config))
   with torch.no_grad():
-    x_BL, valid_BL = model._canvas(*_inputs(rows, pad_id), c)
+    x_BL, valid_BL = code.canvas(model.config, *_inputs(rows, pad_id), c)
     attention_mask = None if valid_BL.all() else valid_BL
     width, new = config.block_size, c.max_new_tokens
     blocks = -(-new // width)
