@@ -19,6 +19,7 @@ from tests import tiny
 from tests.execution import graded
 
 TRAIN = ("-m", "diffucoder_jax.train")
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
 STEPS = 40
 # Meshes of four devices over (data, fsdp, tensor).
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
@@ -31,7 +32,7 @@ class Pod:
   def __init__(self, arguments, folder, processes, devices=1, order=None, program=TRAIN):
     common = {
       "DIFFUCODER_MULTIHOST": "1", "DIFFUCODER_COORDINATOR": f"127.0.0.1:{tiny.free_port()}",
-      "DIFFUCODER_PROCESSES": str(processes),
+      "DIFFUCODER_PROCESSES": str(processes), **QUICK,
     }  # fmt: skip
     number = len(list(folder.glob("*.log")))
     self.logs = [folder / f"{number + i}.log" for i in range(processes)]
@@ -112,7 +113,7 @@ def test_four_processes_through_everything(home, tmp_path):
 
   # And all of it as in one process.
   alone = tmp_path / "alone"
-  done = tiny.run("train", arguments(alone, {}), devices=4)
+  done = tiny.run("train", arguments(alone, {}), devices=4, **QUICK)
   assert done.returncode == 0, done.stderr[-4000:]
   assert tiny.losses(alone) == pytest.approx(wanted, rel=1e-5)
 
@@ -131,7 +132,7 @@ def test_two_processes_tune_as_one_does(home, tmp_path):
   values = [f"--config.{key}={value}" for key, value in changes.items()]
   one, two = ([f"--workdir={tmp_path / name}", "--config=configs/sft_7b.py:tiny", *values]
               for name in ("one", "two"))  # fmt: skip
-  done = tiny.run("train", one, devices=4)
+  done = tiny.run("train", one, devices=4, **QUICK)
   assert done.returncode == 0, done.stderr[-4000:]
   pod = Pod(two, tmp_path, 2, devices=2)
   assert pod.wait() == [0, 0], pod.text(0)[-4000:]

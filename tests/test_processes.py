@@ -108,6 +108,7 @@ def test_processes_with_different_configs_are_refused(home, tmp_path):
 
 SHARES = {"code": 0.75, "text": 0.25}
 EVERY = 7  # steps between checkpoints
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time is compilation
 MIXED = """
 from configs import tiny
 
@@ -172,7 +173,7 @@ def test_every_row_comes_once_after_a_kill_and_with_twice_the_processes(home, tm
   config.write_text(MIXED.format(tokenizer=home.tokenizer, parts=parts, every=EVERY))
   whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "run.log"
   flags = lambda workdir: [f"--config={config}", f"--workdir={workdir}"]  # noqa: E731
-  done = tiny.run("train", flags(whole), devices=2)
+  done = tiny.run("train", flags(whole), devices=2, **QUICK)
   assert done.returncode == 0, done.stderr[-4000:]
 
   # One process is killed some steps after a checkpoint; two go on.
@@ -180,7 +181,7 @@ def test_every_row_comes_once_after_a_kill_and_with_twice_the_processes(home, tm
     step = tiny.last_row(run)["step"]
     return step > 2 * EVERY and step % EVERY in (3, 4)
 
-  process = tiny.start("train", flags(run), log, devices=2)
+  process = tiny.start("train", flags(run), log, devices=2, **QUICK)
   assert tiny.wait_until(between, process), log.read_text()[-4000:]
   process.kill()
   assert tiny.wait(process) == -signal.SIGKILL
@@ -188,7 +189,7 @@ def test_every_row_comes_once_after_a_kill_and_with_twice_the_processes(home, tm
   assert EVERY <= step < tiny.last_row(run)["step"] < 60
   _, saved, _ = checkpoint.read_text_items(run / "checkpoints" / str(step))
   logs = [tmp_path / "0.log", tmp_path / "1.log"]
-  ended = wait_for_both(start_both([flags(run)], logs, devices=1))
+  ended = wait_for_both(start_both([flags(run)], logs, devices=1, **QUICK))
   assert [code for code, _ in ended] == [0, 0], "\n".join(text[-4000:] for _, text in ended)
   assert f"continuing from checkpoint {run}/checkpoints/{step}" in ended[0][1]
   assert "2 process(es)" in ended[0][1]
@@ -246,7 +247,7 @@ def test_what_two_processes_report_of_a_round_is_about_both(tmp_path, tmp_path_f
     ]  # fmt: skip
     with open(log, "wb") as out:
       return subprocess.Popen(
-        command, cwd=tiny.ROOT, env=tiny.environment(**environment), stdout=out,
+        command, cwd=tiny.ROOT, env=tiny.environment(**environment, **QUICK), stdout=out,
         stderr=subprocess.STDOUT,
       )  # fmt: skip
 

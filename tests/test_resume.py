@@ -198,11 +198,9 @@ def test_killed_ten_times_at_random(home, tmp_path, capsys):
     "checkpoint.keep": 2,
   }  # fmt: skip
   rng = random.Random(0)
-  # Programs are those of users, compiled once, by the run that is never killed: a kill in the middle of
-  # writing a compiled program is JAX's affair.
-  cache = {
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"
-  }  # fmt: skip
+  # Programs are compiled once, by the run that is never killed: a kill in the middle of writing a
+  # compiled program is JAX's affair.
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
   writes = {**cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   reads = {**cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
   began = time.monotonic()

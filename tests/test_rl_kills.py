@@ -133,7 +133,9 @@ def test_killed_ten_times_anywhere(problems, tmp_path, tmp_path_factory, left_ov
   """In start-up, rollouts, judging, between steps of a round, evaluation, and saves."""
   start = tiny.finished(tmp_path_factory.getbasetemp())
   # Compiled once, by the run that is never killed: a torn file there is JAX's affair.
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+  }  # fmt: skip
   seconds = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
   whole = Run(start, problems, tmp_path, "whole", **cache, **{seconds: "0"})
   run = Run(start, problems, tmp_path, "run", **cache, **{seconds: "1e9"})

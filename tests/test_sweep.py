@@ -147,7 +147,8 @@ class Sweep:
       f"--output={self.output}", *(f"--config.{k}={v}" for k, v in config_flags.items()),
     ]  # fmt: skip
     self.environment = tiny.environment(
-      JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+      JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+      JAX_DISABLE_MOST_OPTIMIZATIONS="true",
     )  # fmt: skip
 
   def start(self):

@@ -256,19 +256,13 @@ def flags(home, workdir, arg=None, changes=()):
 
 
 def environment(devices=1, **more):
-  """The environment without anything that could reach JAX or the programs, on CPU.
-
-  XLA optimises little: compiling takes most of the time of a tiny run. `more` wins.
-  """
+  """The environment without anything that could reach JAX or the programs, on CPU."""
   kept = {
     name: value
     for name, value in os.environ.items()
     if not name.startswith(("JAX_", "XLA_", "DIFFUCODER_", "TF_")) and name != "NPROC"
   }
-  settings = {
-    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
-  }  # fmt: skip
-  return {**kept, **settings, **more}
+  return {**kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **more}
 
 
 def start(name, arguments, log, **options):
