@@ -17,7 +17,8 @@ from diffucoder_jax.benchmarking import networks, table, timing
 from diffucoder_jax.diffusion import unmasking
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import attention, cost, layout
-from diffucoder_jax.model.transformer import INPUTS_LAST, Transformer, positions_of, unembed
+from diffucoder_jax.model.projection import INPUTS_LAST
+from diffucoder_jax.model.transformer import Transformer, positions_of, unembed
 
 COPIED = 1 << 26  # float32 elements, more than any cache holds
 

@@ -10,7 +10,8 @@ import math
 
 import jax
 
-from diffucoder_jax.model.transformer import INPUTS_LAST, written_out
+from diffucoder_jax.model.projection import INPUTS_LAST
+from diffucoder_jax.model.transformer import written_out
 from diffucoder_jax.runtime.optim import ADAPTER
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) in trees of parameters: adding, leaving out, merging.
 
 With `ModelConfig.lora_rank` > 0 every projection of every layer (q, k, v, o, gate, up, down) computes
-x W + (lora_alpha / lora_rank) (x A) B; `transformer.Adapter` is that network's side, and
+x W + (lora_alpha / lora_rank) (x A) B; `projection.Adapter` is that network's side, and
 `runtime/optim.py` trains A and B only. The adapter of a kernel `w` lies beside it, as `w_lora/a` and
 `w_lora/b`. lora_alpha = 2 lora_rank is what Biderman et al. 2024 ("LoRA learns less and forgets
 less") recommend.

@@ -5,7 +5,6 @@ N layers.
 """
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -14,13 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffucoder_jax.model import attention, blockwise, embedding, kv_cache
 from diffucoder_jax.model.config import ModelConfig
+from diffucoder_jax.model.projection import projected, weight
 from diffucoder_jax.model.swiglu import swiglu
-from diffucoder_jax.runtime.optim import ADAPTER
 from diffucoder_jax.runtime.sharding import batch_shards, constrain, platform
 
 # What the backward pass keeps of each layer, besides the layer's input; it makes the rest again.
 LAYER_INPUT = "layer_input"
-INPUTS_LAST = "_inputs_last"  # behind the name of a matrix [outputs, inputs]
 _policies = jax.checkpoint_policies
 REMAT = {
   "none": None,  # everything
@@ -35,63 +33,6 @@ REMAT = {
     offload_src="device", offload_dst="pinned_host",
   ),
 }  # fmt: skip
-
-
-def _weight(module, name, std, shape, axes):
-  c = module.config
-  init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-  return module.param(name, init, shape, c.param_dtype)
-
-
-def _project(x, kernel, contracted):
-  """Contracts the last `contracted` dimensions of x with the first ones of the kernel.
-
-  As one plain matrix product over flat positions: the same numbers, but XLA on CPU copies and
-  transposes three-dimensional operands for the weight's gradient, which took half the MLP's time.
-  """
-  outer, inner = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-  width = math.prod(kernel.shape[:contracted])
-  flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
-  return flat.reshape(*outer, *inner)
-
-
-def _projected(module, name, x, shape, axes, contracted=1):
-  """x times the kernel `name`, plus what the adapter beside it adds, if the config has adapters."""
-  c = module.config
-  if module.has_variable("params", name + INPUTS_LAST):  # `layout.unrolled` made it
-    inputs, outputs = shape[:contracted], shape[contracted:]
-    matrix = module.get_variable("params", name + INPUTS_LAST).astype(x.dtype)
-    flat = jnp.einsum("BI,OI->BO", x.reshape(-1, math.prod(inputs)), matrix)
-    return flat.reshape(*x.shape[: x.ndim - contracted], *outputs)
-  y = _project(x, _weight(module, name, c.init_std, shape, axes), contracted)
-  if c.lora_rank:
-    y += Adapter(c, shape, axes, contracted, name=name + ADAPTER)(x)
-  return y
-
-
-class Adapter(nn.Module):
-  """What LoRA (Hu et al. 2021) adds to x W: (alpha / rank) (x A) B.
-
-  B begins at zero, so that a network begins as the one it adapts. A is normal with a variance of
-  1 / inputs: x A is then as large as x whatever the width, and so is what B learns from. Both are
-  float32 whatever `param_dtype` is: they are small, and bfloat16 would swallow small updates.
-  """
-
-  config: ModelConfig
-  shape: tuple[int, ...]  # of the kernel, and its logical axes
-  axes: tuple[str | None, ...]
-  contracted: int  # so many dimensions of the kernel are inputs
-
-  @nn.compact
-  def __call__(self, x):
-    c, k = self.config, self.contracted
-    init = nn.initializers.normal(math.prod(self.shape[:k]) ** -0.5)
-    init_a = nn.with_logical_partitioning(init, (*self.axes[:k], None))
-    init_b = nn.with_logical_partitioning(nn.initializers.zeros, (None, *self.axes[k:]))
-    a = self.param("a", init_a, (*self.shape[:k], c.lora_rank), jnp.float32)
-    b = self.param("b", init_b, (c.lora_rank, *self.shape[k:]), jnp.float32)
-    h_BLr = constrain(_project(x, a, k), "batch", None, None)
-    return _project(h_BLr * (c.lora_alpha / c.lora_rank), b, 1)
 
 
 class RMSNorm(nn.Module):
@@ -120,7 +61,7 @@ class Heads(nn.Module):
   def __call__(self, x_BLD):
     c = self.config
     shape = (c.embed_dim, self.num_heads, c.head_dim)
-    x_BLHK = _projected(self, "kernel", x_BLD, shape, ("embed", self.axis, None))
+    x_BLHK = projected(self, "kernel", x_BLD, shape, ("embed", self.axis, None))
     if c.qkv_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis, None))
       bias_HK = self.param("bias", init, shape[1:], c.param_dtype)
@@ -147,7 +88,7 @@ class Attention(nn.Module):
       else:
         o_BLHK = kv_cache.attend(q_BLHK, k_BLJK, v_BLJK, *cached, seen_BLX)
     shape = (c.num_heads, c.head_dim, c.embed_dim)
-    o_BLD = _projected(self, "o", o_BLHK, shape, ("heads", None, "embed"), contracted=2)
+    o_BLD = projected(self, "o", o_BLHK, shape, ("heads", None, "embed"), contracted=2)
     return o_BLD, None if cached is None else (k_BLJK, v_BLJK)
 
 
@@ -160,10 +101,10 @@ class Mlp(nn.Module):
   def __call__(self, x_BLD):
     c = self.config
     wide, axes = (c.embed_dim, c.mlp_dim), ("embed", "mlp")
-    gate_BLF = _projected(self, "gate", x_BLD, wide, axes)
-    up_BLF = _projected(self, "up", x_BLD, wide, axes)
+    gate_BLF = projected(self, "gate", x_BLD, wide, axes)
+    up_BLF = projected(self, "up", x_BLD, wide, axes)
     h_BLF = constrain(swiglu(gate_BLF, up_BLF), "batch", None, "mlp")
-    return _projected(self, "down", h_BLF, wide[::-1], axes[::-1])
+    return projected(self, "down", h_BLF, wide[::-1], axes[::-1])
 
 
 class Block(nn.Module):
@@ -219,9 +160,9 @@ class Transformer(nn.Module):
     pattern = attention.PATTERNS[c.attention] if pattern is None else pattern
     if positions_BL is None:
       positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    embed_VD = _weight(self, "embed", c.init_std, (c.vocab_size, c.embed_dim), ("vocab", "embed"))
+    embed_VD = weight(self, "embed", c.init_std, (c.vocab_size, c.embed_dim), ("vocab", "embed"))
     if not c.tied_head:  # Declared here so that `init` makes it; only `unembed` reads it.
-      _weight(self, "head", c.init_std, (c.embed_dim, c.vocab_size), ("embed", "vocab"))
+      weight(self, "head", c.init_std, (c.embed_dim, c.vocab_size), ("embed", "vocab"))
     with jax.named_scope("embed"):
       x_BLD = self._lookup(embed_VD, tokens_BL)
     self.sow("intermediates", "embedding_BLD", x_BLD)
