@@ -37,6 +37,7 @@ from diffucoder_jax.evals import (
   report,
 )
 from diffucoder_jax.pretrained import describe, from_pretrained
+from diffucoder_jax.requests import yes_or_no
 from diffucoder_jax.runtime import checkpoint, heap, workdir
 
 
@@ -78,9 +79,7 @@ def parse_arguments(argv=None):
   sampling.add_argument("--batch_size", type=int, default=8)
   for field in dataclasses.fields(sampler.SamplerConfig):
     if field.name != "temperature":
-      kind = (
-        (lambda text: text.lower() in ("1", "true", "yes")) if field.type is bool else field.type
-      )
+      kind = yes_or_no if field.type is bool else field.type
       sampling.add_argument(f"--{field.name}", type=kind, help=f"default {field.default}")
   args = parser.parse_args(argv)
   if args.prompts and not args.checkpoint:

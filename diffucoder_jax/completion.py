@@ -26,7 +26,7 @@ class Completion:
     full_text: the prompt with it: what an infill template is wanted for.
     tokens: int32, all written token ids, also after the end token (mask_id where none was).
     trace: `sampler.Trace` of this row alone, B = 1, without padding.
-    length: number of tokens of `text`: those before an end or padding token.
+    length: number of tokens of `text`: those written before an end or padding token.
     ended: whether one of these was written.
   """
 
@@ -84,22 +84,13 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8, constraints=None
   Returns:
     list of `Completion`, in the order of the prompts.
   Raises:
-    ValueError: an empty or over-long prompt, a token id outside the vocabulary, constraints that cannot
-      be kept (`constraints.check`); names the prompt.
+    ValueError: as `check`.
   """
   causal = ckpt.config.attention == "causal"
   config = sampler or SamplerConfig(alg="left_to_right" if causal else "entropy")
-  if ckpt.mask_id < 0 and not (causal and config.alg == "left_to_right"):
-    raise ValueError(
-      "this checkpoint has no mask token: only autoregressive weights with alg='left_to_right' can "
-      "generate without one"
-    )
-  rows = [prompt_ids(ckpt, prompt) for prompt in prompts]
-  for i, row in enumerate(rows):
-    _check_prompt(i, row, ckpt, config)
-  if constraints is not None:
-    _check_constraints(constraints, rows, ckpt, config)
-  keys = process.row_keys(jax.random.key(seed), max(len(rows), 1))
+  rows = check(ckpt, prompts, config, constraints)
+  # As many keys as a power of two, or each number of prompts would be another program.
+  keys = process.row_keys(jax.random.key(seed), 1 << max(len(rows) - 1, 0).bit_length())
   batches = queue.write(
     windows.network(ckpt.config), ckpt.params, rows, np.asarray(jax.random.key_data(keys)), config,
     mask_id=ckpt.mask_id, end_ids=_end_ids(ckpt), mesh=ckpt.mesh, batch_size=batch_size,
@@ -112,34 +103,61 @@ def generate(ckpt, prompts, sampler=None, seed=0, batch_size=8, constraints=None
   return completions
 
 
-def _check_prompt(i, row, ckpt, config):
+def check(ckpt, prompts, config, constraints=None, names=None):
+  """The token ids of each prompt, if `generate` can complete them all.
+
+  Args: ckpt, prompts, config, constraints: as for `generate`. names: what errors call each prompt; None:
+    "prompt 0" and so on.
+  Raises:
+    ValueError: an empty or over-long prompt, a token id outside the vocabulary, nothing to write, a cache
+      or constraints (`constraints.check`) that cannot be kept; names the prompt. Or the prompts are one
+      text, or the checkpoint lacks what they need.
+  """
+  if isinstance(prompts, str):
+    raise ValueError("prompts is one text; give a list of them")
+  if ckpt.mask_id < 0 and not (ckpt.config.attention == "causal" and config.alg == "left_to_right"):
+    raise ValueError(
+      "this checkpoint has no mask token: only autoregressive weights with alg='left_to_right' can "
+      "generate without one"
+    )
+  if config.alternatives > ckpt.config.vocab_size:
+    raise ValueError(
+      f"sampler.alternatives is {config.alternatives}, and the vocabulary has {ckpt.config.vocab_size} "
+      "tokens; ask for no more than these"
+    )
+  if ckpt.mask_id < 0 and constraints is not None:
+    raise ValueError("this checkpoint has no mask token, which constraints need")
+  rows = [prompt_ids(ckpt, prompt) for prompt in prompts]
+  names = [f"prompt {i}" for i in range(len(rows))] if names is None else names
+  for name, row in zip(names, rows, strict=True):
+    _check_prompt(name, row, ckpt, config)
+  places = [row.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
+  for name, count in zip(names, places, strict=True):
+    try:
+      cache.check(config, count)
+      if constraints is not None and name == names[places.index(count)]:
+        constraints_lib.check(constraints, count, ckpt.config.vocab_size, ckpt.mask_id)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+  return rows
+
+
+def _check_prompt(name, row, ckpt, config):
   if not row:
-    raise ValueError(f"prompt {i} is empty; give at least one token to start from")
+    raise ValueError(f"{name} is empty; give at least one token to start from")
   wrong = [token for token in row if not 0 <= token < ckpt.config.vocab_size]
   if wrong:
     raise ValueError(
-      f"prompt {i} has token id {wrong[0]}, outside the vocabulary 0..{ckpt.config.vocab_size - 1}"
+      f"{name} has token id {wrong[0]}, outside the vocabulary 0..{ckpt.config.vocab_size - 1}"
     )
   length = len(row) + config.max_new_tokens
   if length > ckpt.config.max_seq_len:
     raise ValueError(
-      f"prompt {i} is too long: {len(row)} tokens and {config.max_new_tokens} new ones make {length}, "
+      f"{name} is too long: {len(row)} tokens and {config.max_new_tokens} new ones make {length}, "
       f"the model's context is {ckpt.config.max_seq_len}; shorten it or ask for fewer new tokens"
     )
   if not config.max_new_tokens and ckpt.mask_id not in row:
-    raise ValueError(f"prompt {i} has no masks and max_new_tokens is 0: there is nothing to write")
-  cache.check(config, row.count(ckpt.mask_id) + config.max_new_tokens)
-
-
-def _check_constraints(constraints, rows, ckpt, config):
-  if ckpt.mask_id < 0:
-    raise ValueError("this checkpoint has no mask token, which constraints need")
-  places = [row.count(ckpt.mask_id) + config.max_new_tokens for row in rows]
-  for count in sorted(set(places)):
-    try:
-      constraints_lib.check(constraints, count, ckpt.config.vocab_size, ckpt.mask_id)
-    except ValueError as error:
-      raise ValueError(f"prompt {places.index(count)}: {error}") from error
+    raise ValueError(f"{name} has no masks and max_new_tokens is 0: there is nothing to write")
 
 
 def _end_ids(ckpt):
@@ -156,20 +174,20 @@ def _completion(ckpt, prompt, trace):
   given = np.asarray([*prompt, *[ckpt.mask_id] * (len(tokens_L) - len(prompt))])
   hole_L = given == ckpt.mask_id
   stop = _end_ids(ckpt)
-  texts, full, length, ended = [], [], 0, False
+  texts, full, ended = [], [], False
   for first, last, is_hole in _runs(hole_L):
     ids = [int(token) for token in tokens_L[first:last]]
     if is_hole:
       cut = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-      length, ended = length + cut, ended or cut < len(ids)
-      ids = ids[:cut]
-      texts.append([token for token in ids if token != ckpt.mask_id])
-    full += [token for token in ids if token != ckpt.mask_id]
+      ended = ended or cut < len(ids)
+      ids = [token for token in ids[:cut] if token != ckpt.mask_id]
+      texts.append(ids)
+    full += ids
   text = full_text = ""
   if ckpt.tokenizer is not None:
     text = "\n".join(map(ckpt.tokenizer.decode, texts))
     full_text = ckpt.tokenizer.decode(full)
-  return Completion(text, full_text, tokens_L[hole_L], trace, length, ended)
+  return Completion(text, full_text, tokens_L[hole_L], trace, sum(map(len, texts)), ended)
 
 
 def _runs(flags_L):

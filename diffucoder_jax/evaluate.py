@@ -25,6 +25,7 @@ from diffucoder_jax.evals import benchmarks, bounds, sample_log, sampling, score
 from diffucoder_jax.evals import pins as pins_lib
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.pretrained import from_pretrained
+from diffucoder_jax.requests import yes_or_no
 from diffucoder_jax.runtime import checkpoint as checkpoints
 from diffucoder_jax.runtime import hosts, sharding
 from diffucoder_jax.runtime import workdir as workdirs
@@ -266,7 +267,6 @@ def parse_arguments(argv=None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  yes = lambda text: text.lower() in ("1", "true", "yes")  # noqa: E731
   add = parser.add_argument
   add("--checkpoint", help="workdir, checkpoint or Hugging Face folder")
   add("--samples_file", help="judge these samples (evalplus's jsonl) rather than a model's")
@@ -274,7 +274,7 @@ def parse_arguments(argv=None):
   add("--benchmark", help=", ".join(benchmarks.BENCHMARKS))
   add("--output", help="folder for samples and results")
   add("--data_path", default="", help="folder or file of the benchmark's data")
-  add("--accept_unknown_data", type=yes, default=False, help="take files of unknown hash")
+  add("--accept_unknown_data", type=yes_or_no, default=False, help="take files of unknown hash")
   add("--samples", type=int, default=0, help="of each task (default 1, or what the file has)")
   add("--first", type=int, default=0, help="the first so many tasks alone")
   add(
@@ -291,7 +291,7 @@ def parse_arguments(argv=None):
   add("--param_dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's")
   add(
     "--allow_unsafe",
-    type=yes,
+    type=yes_or_no,
     default=False,
     help="run programs even where they cannot be isolated",
   )
@@ -300,7 +300,7 @@ def parse_arguments(argv=None):
   for kind, word, defaults in ((SamplerConfig, "sampler", SamplerConfig()),
                                (Limits, "sandbox", verdicts.LIMITS)):  # fmt: skip
     for field in dataclasses.fields(kind):
-      type_ = yes if field.type is bool else field.type
+      type_ = yes_or_no if field.type is bool else field.type
       add(f"--{field.name}", type=type_, help=f"{word} (default {getattr(defaults, field.name)})")
   return parser.parse_args(argv)
 

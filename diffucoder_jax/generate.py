@@ -7,7 +7,8 @@
   python -m diffucoder_jax.generate --checkpoint PATH --chat --prompt 'Write a function that ...'
 
 `--prompts` lines are {"prompt": text}, or {"infill": text with <|fill:N|> holes}, which goes first
-when there are both; other fields are kept. Everything read is checked before the model is loaded.
+when there are both; other fields are kept, but for those of the same name as what is found. Settings and
+lines are checked before the model is loaded, and what they hold before anything is written.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.evals import terminal
 from diffucoder_jax.pretrained import from_pretrained
-from diffucoder_jax.requests import read_requests, to_prompt
+from diffucoder_jax.requests import names_of, read_requests, to_prompt, yes_or_no
 from diffucoder_jax.runtime import heap, sharding
 
 
@@ -66,13 +67,15 @@ def parse_arguments(argv=None):
   for axis in sharding.AXES:
     parser.add_argument(f"--{axis}", type=int, default=1, help=f"mesh size along {axis}")
   for field in dataclasses.fields(sampler.SamplerConfig):
-    kind = (lambda text: text.lower() in ("1", "true", "yes")) if field.type is bool else field.type
+    kind = yes_or_no if field.type is bool else field.type
     parser.add_argument(f"--{field.name}", type=kind, help=f"sampler (default {field.default})")
   return parser.parse_args(argv)
 
 
 def sampler_config(args, causal, infill):
-  """`SamplerConfig` of the flags that were given, on defaults that suit the checkpoint."""
+  """`SamplerConfig` of the flags that were given, on defaults that suit the checkpoint.
+
+  Templates have nothing behind them (max_new_tokens 0)."""
   names = [field.name for field in dataclasses.fields(sampler.SamplerConfig)]
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   defaults = {"alg": "left_to_right"} if causal else {}
@@ -80,9 +83,26 @@ def sampler_config(args, causal, infill):
   return sampler.SamplerConfig(**{**defaults, **given, **holes_only})
 
 
-def main(args):
-  """Answers every request, prints the text, and writes what was asked for."""
-  requests = read_requests(args)
+def of_kinds(requests):
+  """{whether they are templates: places of such requests}, of the kinds that there are."""
+  kinds = {infill: [] for infill in (False, True)}
+  for i, request in enumerate(requests):
+    kinds["infill" in request].append(i)
+  return {infill: chosen for infill, chosen in kinds.items() if chosen}
+
+
+def check_flags(args, requests):
+  """Raises ValueError for what no checkpoint can do."""
+  if args.batch_size < 1:
+    raise ValueError(f"--batch_size is {args.batch_size}; write at least one row at a time")
+  if args.max_new_tokens and False not in of_kinds(requests):
+    raise ValueError("--max_new_tokens is for prompts; a template says how long its holes are")
+  for infill in of_kinds(requests):
+    sampler_config(args, False, infill)
+
+
+def load(args):
+  """The checkpoint, over the mesh that was asked for."""
   mesh = None
   sizes = {axis: getattr(args, axis) for axis in sharding.AXES}
   if any(size != 1 for size in sizes.values()):
@@ -92,24 +112,43 @@ def main(args):
     raise ValueError(
       f"{args.checkpoint} has no tokenizer file; add one, or use the Python API with ids"
     )
+  return ckpt
 
+
+def answer(args, ckpt, requests):
+  """`Completion` of every request; all are checked before any is written."""
   # A piece of text has other tokens with a space before it: give both.
   banned = sorted({token for text in args.ban for token in ckpt.tokenizer.encode(text)})
   limits = constraints.ban(banned) if banned else None
-
-  results = [None] * len(requests)
-  began, written, evaluations = time.monotonic(), 0, 0
-  for infill in (False, True):
-    chosen = [i for i, request in enumerate(requests) if ("infill" in request) == infill]
-    if not chosen:
-      continue
+  names, asked = names_of(args, requests), {}
+  for infill, chosen in of_kinds(requests).items():
     config = sampler_config(args, ckpt.config.attention == "causal", infill)
-    prompts = [to_prompt(args, ckpt, requests[i]) for i in chosen]
-    outputs = completion.generate(ckpt, prompts, config, args.seed, args.batch_size, limits)
-    for i, output in zip(chosen, outputs, strict=True):
-      results[i] = output
-      written += len(output.tokens)
-      evaluations += int(output.trace.nfe[0])
+    prompts = [_named(names[i], to_prompt, args, ckpt, requests[i]) for i in chosen]
+    rows = completion.check(ckpt, prompts, config, limits, [names[i] for i in chosen])
+    asked[infill] = rows, config
+  results = [None] * len(requests)
+  for infill, chosen in of_kinds(requests).items():
+    found = completion.generate(ckpt, *asked[infill], args.seed, args.batch_size, limits)
+    for i, one in zip(chosen, found, strict=True):
+      results[i] = one
+  return results
+
+
+def _named(name, fn, *args):
+  """fn(*args), whose errors tell the name."""
+  try:
+    return fn(*args)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
+
+
+def main(args):
+  """Answers every request, prints the text, and writes what was asked for."""
+  requests = read_requests(args)
+  check_flags(args, requests)
+  ckpt = load(args)
+  began = time.monotonic()
+  results = answer(args, ckpt, requests)
   seconds = time.monotonic() - began
   if not sharding.is_main_process():
     return
@@ -132,6 +171,8 @@ def main(args):
       lines.append(json.dumps({**request, **found, "nfe": int(output.trace.nfe[0])}) + "\n")
     epath.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(args.output).write_text("".join(lines))
+  written = sum(len(output.tokens) for output in results)
+  evaluations = sum(int(output.trace.nfe[0]) for output in results)
   print(
     f"{written} tokens in {seconds:.1f} s ({written / seconds:.1f} tokens/s with compilation), "
     f"{evaluations} network evaluations, {jax.devices()[0].device_kind}",

@@ -1,8 +1,9 @@
-"""What programs are asked to write: prompts and templates, from flags, a file or stdin.
+"""What programs are asked to write: prompts and templates, from flags, a file or stdin, and how.
 
 `args` are flags: `prompt`, `infill`, `prompts`, `chat` and `system`, as `generate --help` has them.
 """
 
+import argparse
 import json
 import sys
 
@@ -40,6 +41,21 @@ def read_requests(args):
   if not requests:
     raise ValueError(f"{args.prompts} holds no prompts")
   return requests
+
+
+def names_of(args, requests):
+  """What errors call each request."""
+  if args.prompts in (None, "-"):
+    return [f"prompt {i + 1}" for i in range(len(requests))]
+  return [f"{args.prompts} line {i + 1}" for i in range(len(requests))]
+
+
+def yes_or_no(text):
+  """The value of a flag of type bool."""
+  words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+  if text.lower() not in words:
+    raise argparse.ArgumentTypeError(f"{text!r} is neither of true and false")
+  return words[text.lower()]
 
 
 def to_prompt(args, ckpt, request):

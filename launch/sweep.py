@@ -264,6 +264,7 @@ def write_results(cells, output, title, frontier, along):
         frontier.write(output, title, points, cells_lib.table(rows), along, notes)
     except ValueError as error:
       notes.append(f"No frontier: {error}")
+      frontier.remove(output)  # one of some cells would look like one of all
   cells_lib.write_table(output, title, rows, notes)
   return rows, notes
 

@@ -207,6 +207,7 @@ def test_text_ends_at_a_padding_token(ckpt):
     ([1, -1], {}, "prompt 1 has token id -1"),
     ([5] * 21, {}, "prompt 1 is too long: 21 tokens and 12 new ones make 33, .* context is 32"),
     ("text", {"max_new_tokens": 0}, "prompt 0 has no masks and max_new_tokens is 0"),
+    ("text", {"alternatives": 513}, "alternatives is 513, and the vocabulary has 512 tokens"),
   ],
 )
 def test_bad_prompts_are_named(ckpt, prompt, changes, message):
@@ -232,6 +233,34 @@ def test_what_a_checkpoint_lacks_is_named(ckpt):
 
 def test_nothing_in_nothing_out(ckpt):
   assert generate(ckpt, [], GREEDY) == []
+  with pytest.raises(ValueError, match="prompts is one text; give a list"):
+    generate(ckpt, "abc", GREEDY)
+  for size in (0, -1):
+    with pytest.raises(ValueError, match=f"batch_size is {size}"):
+      generate(ckpt, PROMPTS, GREEDY, batch_size=size)
+
+
+def test_other_numbers_of_prompts_and_holes_compile_nothing(ckpt):
+  compiled = []
+  config = dataclasses.replace(GREEDY, max_new_tokens=0)
+  texts = [f"ab<|fill:{n}|>cd" for n in (3, 5, 6, 7)]
+  rows = [infill_prompt(ckpt, text) for text in texts]
+  generate(ckpt, rows[:3], config, constraints=constraints.ban([3]))
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+  )
+  generate(ckpt, rows, config, constraints=constraints.ban([4]))
+  assert not compiled
+
+
+def test_length_counts_what_was_written(ckpt):
+  """With `stop_at_eos` an end in the first hole leaves masks in the second."""
+  end = ckpt.tokenizer.eos_id
+  limits = constraints.force([end], at=1)
+  config = dataclasses.replace(GREEDY, stop_at_eos=True, max_new_tokens=0, alg="left_to_right")
+  (got,) = generate(ckpt, [infill_prompt(ckpt, "a<|fill:2|>b<|fill:4|>c")], config, constraints=limits)
+  assert got.ended and (got.tokens[2:] == ckpt.mask_id).all()
+  assert got.length == 1 and len(got.tokens) == 6
 
 
 @pytest.mark.slow
@@ -365,6 +394,45 @@ def test_bad_lines_are_named_before_anything_is_loaded(program, tmp_path, line, 
   (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
   with pytest.raises(ValueError, match=message):
     run_program(program, tmp_path / "no checkpoint", "--prompts", str(tmp_path / "in.jsonl"))
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--prompt", "x", "--steps", "-1"], "sampler.steps is -1"),
+    (["--prompt", "x", "--batch_size", "0"], "--batch_size is 0; write at least one row"),
+    (["--infill", TEMPLATE, "--max_new_tokens", "7"], "a template says how long its holes are"),
+  ],
+)
+def test_flags_are_checked_before_anything_is_loaded(program, tmp_path, flags, message):
+  with pytest.raises(ValueError, match=message):
+    run_program(program, tmp_path / "no checkpoint", *flags)
+
+
+def test_a_flag_is_true_or_false(program, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    run_program(program, tmp_path, "--prompt", "x", "--stop_at_eos", "on")
+  assert "'on' is neither of true and false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "line, flags, message",
+  [
+    ('{"infill": "no hole"}', [], "in.jsonl line 3: the template has no hole"),
+    ('{"infill": "<|fill:999999|>"}', [], "in.jsonl line 3 is too long: 1000000 tokens"),
+    ('{"infill": "<|fill:3|>"}', ["--cache", "dual", "--block_size", "4"], "line 3: sampler.cache"),
+  ],
+)
+def test_all_lines_are_checked_before_any_is_written(
+  program, workdir, tmp_path, monkeypatch, line, flags, message
+):
+  def never(*_, **__):
+    raise AssertionError("something was written")
+
+  monkeypatch.setattr(completion, "generate", never)
+  (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "x"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=message):
+    run_program(program, workdir, "--prompts", str(tmp_path / "in.jsonl"), *flags)
 
 
 def test_an_empty_file_is_named(program, tmp_path):

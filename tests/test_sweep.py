@@ -297,9 +297,9 @@ def get_config(arg=None):
   )
 
 def sweep():
-  for temperature in (0.0, 1.0):
+  for alg in ("entropy", "maskgit_plus"):
     for steps in (2, 8):
-      yield {"temperature": temperature, "steps": steps}
+      yield {"alg": alg, "steps": steps}
 """
 
 
@@ -331,9 +331,9 @@ def test_a_sweep_of_evaluations_ends_in_a_frontier(home, tmp_path, tmp_path_fact
     score = results["scores"]["base"]["pass@1"]
     found = [row["metrics"][f"base/pass@1{end}"] for end in ("", "_low", "_high")]
     assert found == [score["value"], score["low"], score["high"]] and score["high"] > score["value"]
-    assert results["pins"]["sampler"]["temperature"] == row["changes"]["temperature"]
+    assert results["pins"]["sampler"]["alg"] == row["changes"]["alg"]
   page = (sweep.output / "index.html").read_text()
   assert (
-    "temperature 1.0" in page and page.count("<svg") == 1 and all(x["cell"] in page for x in rows)
+    "maskgit_plus" in page and page.count("<svg") == 1 and all(x["cell"] in page for x in rows)
   )
   assert (sweep.output / "frontier.svg").exists()

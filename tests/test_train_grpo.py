@@ -230,6 +230,7 @@ def test_a_mesh_changes_no_answer(start, problems, letters, whole, tmp_path):
     ({"grpo.num_generations": 1}, "must be at least 2"),
     ({"estimator.name": "coupling"}, "choose one of"),
     ({"problems.set": "mpbb"}, "mpbb"),
+    ({"reward.fence": "strict", "sampler.stop_at_eos": True}, "'strict' wants the newline"),
     ({"rollout.max_prompt_tokens": 4}, "the shortest has"),
   ],
 )

@@ -54,19 +54,20 @@ def generate(logits_fn, canvas, valid, keys, config, *, mask_id, end_ids=()):
   if first < 1:
     raise ValueError("there is no token to start from; give each row at least one")
   if c.stop_at_eos and not end_ids:
-    raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
+    raise ValueError(
+      "stop_at_eos needs an end token, and this vocabulary names none; give end_ids, or switch it off"
+    )
   logical_BL = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
 
   def write(step, logits_BV, trace, ended_B):
     """Chooses a token for the place of this step. Returns it as well: an ended row's is not kept."""
     index_B1 = jnp.broadcast_to(first + step, (len(canvas), 1))
+    logical_B1 = jnp.take_along_axis(logical_BL, index_B1, axis=1)
     uniform_B1 = None
     if c.temperature > 0:
-      keys_B1 = unmasking.noise_keys(
-        keys, jnp.broadcast_to(step, len(canvas)), jnp.take_along_axis(logical_BL, index_B1, axis=1)
-      )
+      keys_B1 = unmasking.noise_keys(keys, jnp.broadcast_to(step, len(canvas)), logical_B1)
       uniform_B1 = unmasking.draw(jax.random.uniform, keys_B1, unmasking.TOKEN)
-    found = proposal.propose(logits_BV[:, None], uniform_B1, index_B1, c, mask_id)
+    found = proposal.propose(logits_BV[:, None], uniform_B1, logical_B1, c, mask_id)
     tokens_B1 = found["tokens"]
 
     def put(x_BL, value_B1):

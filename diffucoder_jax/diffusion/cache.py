@@ -10,10 +10,10 @@ hidden state is what scores the block's first token (there that token is committ
 whatever its confidence).
 """
 
-import jax
-import numpy as np
+from typing import Any, NamedTuple
 
-from diffucoder_jax.diffusion import remasking
+import jax
+import jax.numpy as jnp
 
 # Which places are computed anew at each step, [first, last): (block's first, block's last, length).
 WINDOWS = {
@@ -22,22 +22,47 @@ WINDOWS = {
 }
 
 
+class Kept(NamedTuple):
+  """What goes from one evaluation to the next."""
+
+  arrays: Any  # of the last refresh, what `fresh` gave
+  evaluations: jax.Array  # int32 scalar, of the block so far
+
+
 def look(network, canvas_BL, valid_BL, start, refresh, kept):
   """Logits (or features) of the block of W places that begins at `start`, and what is kept.
 
   Args:
-    network: (fresh, again). fresh: (canvas_BL, valid_BL, start) -> (logits_BWV, kept), from the whole
-      canvas; again: (canvas_BL, valid_BL, start, kept) -> logits_BWV, from some places and the rest.
-    refresh: bool scalar, whether to read the whole canvas.
+    network: (fresh, again). fresh: (canvas_BL, valid_BL, start) -> (logits_BWV, arrays), from the whole
+      canvas; again: (canvas_BL, valid_BL, start, arrays) -> logits_BWV, from some places and the rest.
+    refresh: `SamplerConfig.refresh`. Evaluations are counted and not steps: those at which the schedule
+      commits nothing are not evaluated, and which they are hangs on how many places are forced.
+    kept: `Kept`.
   Returns:
     (logits_BWV, kept).
   """
   fresh, again = network
-  return jax.lax.cond(
-    refresh,
+  due = kept.evaluations == 0
+  if refresh:
+    due = kept.evaluations % refresh == 0
+  logits_BWV, arrays = jax.lax.cond(
+    due,
     lambda: fresh(canvas_BL, valid_BL, start),
-    lambda: (again(canvas_BL, valid_BL, start, kept), kept),
+    lambda: (again(canvas_BL, valid_BL, start, kept.arrays), kept.arrays),
   )
+  return logits_BWV, Kept(arrays, kept.evaluations + 1)
+
+
+def nothing_kept(network, canvas_BL, valid_BL):
+  """`Kept` before the first evaluation; arguments as for `look`."""
+  shapes = jax.eval_shape(lambda: network[0](canvas_BL, valid_BL, 1)[1])
+  arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return Kept(arrays, jnp.zeros((), jnp.int32))
+
+
+def at_block(kept):
+  """`Kept` as a block begins: its first evaluation reads the whole canvas."""
+  return kept._replace(evaluations=jnp.zeros((), jnp.int32))
 
 
 def check(config, masks):
@@ -48,21 +73,3 @@ def check(config, masks):
       f"sampler.cache is {config.cache!r}, and a row has {masks} masks where {config.max_new_tokens} "
       "new tokens are asked for; holes cannot be cached: use none"
     )
-
-
-def refreshes(config, steps):
-  """At which steps of a block the whole canvas is read, bool [steps], numpy.
-
-  Steps at which the schedule commits nothing are not evaluated and do not count, so that a row's cache
-  is as old in any batch.
-  """
-  possible_T = np.ones(steps, bool)
-  if config.alg not in ("origin", "left_to_right") and not config.in_parallel:
-    ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
-    left = np.float32(config.block_size)
-    for step in range(steps - 1):
-      count = np.trunc(left * ratios_T[step])
-      possible_T[step], left = count > 0, left - count
-  number_T = np.cumsum(possible_T) - 1  # of the evaluation
-  every = config.refresh or steps
-  return possible_T & (number_T % every == 0)

@@ -68,6 +68,8 @@ def force(ids, at=0):
   ids = _numbers("forced id", ids)
   if at < 0 < at + len(ids):
     raise ValueError(f"{len(ids)} forced tokens from place {at} go beyond the row's end")
+  if not len(ids):
+    return Constraints()
   return Constraints(forced=np.stack([at + np.arange(len(ids), dtype=np.int32), ids], axis=1))
 
 
@@ -120,10 +122,13 @@ def check(constraints, places, vocab_size, mask_id):
       )
     if forced.setdefault(place, token) != token:
       raise ValueError(f"tokens {forced[place]} and {token} are both forced at place {place}")
-  for begin in range(0, places, CHUNK) if constraints.logits else ():
-    place_P = np.arange(begin, min(begin + CHUNK, places))
-    open_PV = np.asarray(_open(constraints, place_P, places, vocab_size, mask_id))
-    for place, open_V in zip(place_P.tolist(), open_PV, strict=True):
+  # As many places as chunks hold, or each number of them would be another program.
+  chunks = -(-places // CHUNK) if constraints.logits else 0
+  for begin in range(0, chunks * CHUNK, CHUNK):
+    place_P = np.arange(begin, begin + CHUNK)
+    place_P = np.where(place_P < places, place_P, -1)
+    open_PV = np.asarray(_open(constraints, place_P, chunks * CHUNK, vocab_size, mask_id))
+    for place, open_V in zip(place_P[place_P >= 0].tolist(), open_PV, strict=False):
       if place in forced and not open_V[forced[place]]:
         raise ValueError(f"token {forced[place]} is forced at place {place}, and banned there")
       if place not in forced and not open_V.any():

@@ -26,13 +26,16 @@ def pace_of(config, masks, most):
   """The pace of rows that go through the sampler together, numpy.
 
   Args:
-    config: `SamplerConfig`; steps of 0 are one for each mask of the row, and blocks share a row's steps.
+    config: `SamplerConfig`; steps of 0 are one for each mask of a block.
     masks: ints, of each row in all, at least 1.
     most: `slots` of `sampler.generate`: T, and so the program, follows from it and not from the rows.
   """
   width = config.block_size or most
   blocks = [-(-count // width) for count in masks]
-  steps = [-(-(config.steps or c) // b) for c, b in zip(masks, blocks, strict=True)]
+  if config.steps:
+    steps = [-(-config.steps // number) for number in blocks]
+  else:
+    steps = [min(width, count) for count in masks]
   return _stacked(config, steps, config.steps or min(width, most))
 
 
@@ -42,10 +45,12 @@ def even_pace(config, slots, batch):
   Raises:
     ValueError: neither steps nor new tokens are asked for.
   """
-  steps = config.steps or config.max_new_tokens
-  if steps < 1:
+  if not config.steps and not config.max_new_tokens:
     raise ValueError("sampler.steps and max_new_tokens are both 0; say how many steps to take")
-  steps = -(-steps // -(-slots // (config.block_size or slots)))
+  width = config.block_size or slots
+  steps = min(width, config.max_new_tokens)
+  if config.steps:
+    steps = -(-config.steps // -(-slots // width))
   return _stacked(config, [steps] * batch, steps)
 
 

@@ -29,7 +29,7 @@ def propose(
   Args:
     logits_BSV: target-aligned, any float dtype.
     uniform_BS: a number in [0, 1) for each draw; None: the most likely tokens.
-    index_BS: int32, places on the canvas.
+    index_BS: int32, places among the row's real tokens.
     config: `SamplerConfig`. mask_id: int, never proposed.
     before_BSV: with `kl_bound`, the probabilities at the evaluation before.
     rules: None, or the `constraints.Rules` that tokens keep to, of the positions, `Rules.by_position`.
@@ -37,7 +37,7 @@ def propose(
     number: int32 scalar: on a CPU only the first so many of S are answered, and as many more as are
       gone through together; None: all.
   Returns:
-    {"tokens": int32 [B, S]; "probability" of what was drawn, "confidence" of the strategy, "entropy"
+    {"tokens": int32 [B, S]; their "probability", "confidence" of the strategy, "entropy"
     of the filtered distribution in nats: float32 [B, S]}. With `alternatives` also these, int32
     [B, S, K], and "alternative_probs"; with `kl_bound` also "probs" [B, S, V] and "divergence" [B, S];
     with rules "possible", bool [B, S], whether any token may be written; with `standing_BS` "standing".
@@ -135,7 +135,7 @@ def _propose(c, mask_id, constraints, given):
     tokens_BS = ruled_BS
   found = {
     "tokens": tokens_BS,
-    "probability": remasking.probability(probs_BSV, drawn_BS),
+    "probability": remasking.probability(probs_BSV, tokens_BS),
     "confidence": remasking.CONFIDENCE[c.alg](probs_BSV, drawn_BS, given["index"]),
     "entropy": -remasking.negative_entropy(probs_BSV),
   }

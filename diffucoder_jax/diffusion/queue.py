@@ -74,12 +74,27 @@ def write(
     limit: no canvas is padded beyond so many places; None: there is none.
     constraints: `constraints.Constraints` of every row, which `in_order` does not know: with them all
       rows are written by `any_order`.
+
+  On a CPU programs are traced in threads of their own, where JAX's context managers around the call, as
+  `jax.default_matmul_precision`, are not in force; `jax.config.update` is.
   Yields:
     `Batch`, all rows of it on every host.
   """
+  if batch_size < 1:
+    raise ValueError(f"batch_size is {batch_size}; write at least one row at a time")
   if not rows:
     return
   masks = [row.count(mask_id) + config.max_new_tokens for row in rows]
+  longest = max(map(len, rows)) + config.max_new_tokens
+  if limit is not None and longest > limit:
+    raise ValueError(
+      f"row {max(range(len(rows)), key=lambda i: len(rows[i]))} takes {longest} places with its new "
+      f"tokens, and the limit is {limit}; shorten it or ask for fewer new tokens"
+    )
+  if not min(masks):
+    raise ValueError(
+      f"row {masks.index(0)} has no masks and max_new_tokens is 0: there is nothing to write"
+    )
   cache.check(config, max(masks))
   order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), masks[i]))
   shards = 1 if mesh is None else sharding.batch_shards(mesh)

@@ -181,7 +181,7 @@ def _margin(probs_BLV, drawn_BL, index_BL):
   return jnp.max(probs_BLV, axis=-1) - jnp.max(others_BLV, axis=-1)
 
 
-# How sure a position is: (probs_BLV, drawn_BL, index_BL: its place on the canvas) -> float32 [B, L],
+# How sure a position is: (probs_BLV, drawn_BL, index_BL: its place in the row) -> float32 [B, L],
 # higher commits first.
 CONFIDENCE = {
   "origin": probability,  # recorded only: origin picks positions at random
@@ -248,7 +248,8 @@ def _shares(left_T1):
 
 SCHEDULES = {
   "dream": lambda steps, eps: _shares(_evenly(1.0, eps, steps + 1)),
-  "uniform": lambda steps, eps: np.float32(1) / np.arange(steps, 0, -1, dtype=np.float32),
+  # A little more than 1: n times the rounded 1 / n may be less than 1, and would then commit nothing.
+  "uniform": lambda steps, eps: np.float32(1 + 2**-22) / np.arange(steps, 0, -1, dtype=np.float32),
   "cosine": lambda steps, eps: _shares(np.cos(_evenly(0.0, np.pi / 2, steps + 1))),
 }
 

@@ -9,6 +9,7 @@ approximations, and off unless they are asked for.
 
 import dataclasses
 import functools
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,8 @@ class SamplerConfig:
 
   Attributes:
     alg: remasking strategy, a key of `remasking.CONFIDENCE`.
-    steps: denoising steps; 0 means one per mask of the row (holes and new tokens).
+    steps: denoising steps; 0 means one per mask of the row (holes and new tokens). Blocks share them
+      evenly, rounded up, so that there may be more.
     max_new_tokens: masks appended to a prompt.
     temperature: 0 takes the most likely token; > 0 draws, and changes the order of unmasking too.
     top_p: nucleus; 1 is off.
@@ -38,23 +40,25 @@ class SamplerConfig:
     alg_temp: 0 commits the surest positions; > 0 draws them from softmax(confidence / alg_temp).
     eps: the last noise level of the schedule.
     stop_at_eos: a row stops when all before its first end token is committed; the masks after it
-      stay masks.
+      stay masks. With `revoke` it may stop with tokens that would yet have been revoked.
     alternatives: how many of the likeliest tokens the trace keeps for each position, as they stood
       when its token was committed; for the viewer. Changes no token.
     schedule: how many positions each step commits, a key of `remasking.SCHEDULES`.
     block_size: 0 writes anywhere; > 0 writes blocks of so many positions, from left to right, each
       with its share of the steps (semi-autoregressive: LLaDA, Nie et al. 2025).
-    threshold: < 1 also commits, at each step, all tokens with a probability above it.
+    threshold: < 1 also commits, at each step, all tokens (never MASK) with a probability above it.
     entropy_bound: > 0 also commits as many positions, the surest first, as depend on each other by
       at most so many nats (`remasking.within_entropy_bound`).
     kl_bound: > 0: what `threshold` commits must also have changed by less than so many nats at each
       of the last two evaluations (KLASS). Costs memory for another [B, S, V].
     cache: "none", or with blocks a key of `cache.WINDOWS`: which places are computed anew at each
-      step; the others keep the keys and values of the last refresh.
+      step; the others keep the keys and values of the last refresh. Hooks that leave places masked may
+      let a row's neighbours say when that is.
     refresh: of a cache: the whole canvas is read again at every so many evaluations of a block; 0:
       once a block; 1: always, which writes what "none" does.
     revoke: > 0: a committed token with a probability below it is masked again (`revocation`). At best
       with a `threshold`, or more steps than masks: what is revoked must be written again in time.
+      Constraints count: a hook that would ban a token because it stands there has it revoked.
     revoke_limit: how often at most, for each position.
   """
 
@@ -89,6 +93,10 @@ class SamplerConfig:
         raise ValueError(f"sampler.{name} is {getattr(self, name)!r}; {remedy}")
 
     check("alg", self.alg in remasking.CONFIDENCE, f"choose one of {sorted(remasking.CONFIDENCE)}")
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+      check(field.name, whole or field.type is not int, "use a whole number")
     check("steps", self.steps >= 0, "use 0 for one step per new token, or a positive number")
     check("max_new_tokens", self.max_new_tokens >= 0, "use 0 (infill only) or more")
     check("temperature", self.temperature >= 0, "use 0 or more")
@@ -153,11 +161,18 @@ def generate(
     `Trace`.
   """
   if config.stop_at_eos and not end_ids:
-    raise ValueError("stop_at_eos needs an end token, and this vocabulary names none")
+    raise ValueError(
+      "stop_at_eos needs an end token, and this vocabulary names none; give end_ids, or switch it off"
+    )
   cached = config.cache != "none"
   if cached and batch_sizes:
     raise ValueError("a cache is of all rows: leave out batch_sizes, or set sampler.cache to none")
   length = canvas.shape[1]
+  if cached and length <= config.max_new_tokens:
+    raise ValueError(
+      f"a canvas of {length} places has none before its {config.max_new_tokens} new tokens, whose state "
+      "scores the first of them; put a place of padding there, or set sampler.cache to none"
+    )
   some = config.block_size > 0 or (slots is not None and slots < length)
   slots = config.max_new_tokens if cached else min(length, length if slots is None else slots)
   plan = _make_plan(config, slots, mask_id, tuple(end_ids), constraints)
@@ -167,23 +182,20 @@ def generate(
     jnp.asarray(canvas), jnp.asarray(valid), keys, pace, mask_id, plan.slots if some else None
   )
 
-  def look(rows, canvas_BL, block, step, kept):
+  def look(rows, canvas_BL, block, kept):
     """(logits of a block, or its features; what is kept for the next step)."""
     if not cached:
       where = [plan.of_block(rows.index, block)] if some else []
       return logits_fn(canvas_BL, rows.valid, *where), None
     start = length - slots + block * plan.width
-    return cache.look(logits_fn, canvas_BL, rows.valid, start, plan.refreshes[step], kept)
+    return cache.look(logits_fn, canvas_BL, rows.valid, start, config.refresh, kept)
 
-  kept = None
-  if cached:
-    shapes = jax.eval_shape(lambda: logits_fn[0](rows.canvas, rows.valid, 1)[1])
-    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  kept = cache.nothing_kept(logits_fn, rows.canvas, rows.valid) if cached else None
   evaluate = functools.partial(_evaluate, plan, look, unembed)
   sizes = [*sorted(size for size in batch_sizes if size < len(canvas)), len(canvas)]
   memory = lambda: None  # noqa: E731
   if config.kl_bound:
-    logits_BWV = jax.eval_shape(lambda: unembed(look(rows, rows.canvas, 0, 0, kept)[0]))
+    logits_BWV = jax.eval_shape(lambda: unembed(look(rows, rows.canvas, 0, kept)[0]))
     memory = functools.partial(unmasking.forgetting, logits_BWV.shape)
   denoise = functools.partial(_denoise, plan, evaluate, memory, sizes, rows)
   state = _empty_trace(rows, plan), None, kept
@@ -208,7 +220,6 @@ class _Plan(NamedTuple):
   end_ids: tuple[int, ...]
   width: int
   blocks: int
-  refreshes: jax.Array | None  # bool [steps of a block], `cache.refreshes`
   constraints: Constraints | None
 
   @property
@@ -239,11 +250,7 @@ class _Plan(NamedTuple):
 def _make_plan(config, slots, mask_id, end_ids, constraints):
   width = config.block_size or slots
   blocks = -(-slots // width)
-  refreshes_T = None
-  if config.cache != "none":  # all rows have as many masks
-    steps = -(-(config.steps or config.max_new_tokens) // blocks)
-    refreshes_T = jnp.asarray(cache.refreshes(config, steps))
-  return _Plan(config, mask_id, end_ids, width, blocks, refreshes_T, constraints)
+  return _Plan(config, mask_id, end_ids, width, blocks, constraints)
 
 
 def _denoise(plan, evaluate, memory, sizes, rows, block, state):
@@ -252,7 +259,7 @@ def _denoise(plan, evaluate, memory, sizes, rows, block, state):
   Args:
     evaluate: `_evaluate` of this generation. memory: makes what the first evaluation compares with.
     sizes: numbers of rows that may go through the network together.
-    state: (`Trace` [B, S], `unmasking.Memory` or None, what a cache keeps or None).
+    state: (`Trace` [B, S], `unmasking.Memory` or None, `cache.Kept` or None).
   """
   c = plan.config
 
@@ -288,6 +295,7 @@ def _denoise(plan, evaluate, memory, sizes, rows, block, state):
     return (step < rows.pace.ratios.shape[1]) & jnp.any(plan.wanted(rows, trace, block))
 
   trace, _, kept = state
+  kept = None if kept is None else cache.at_block(kept)
   start = jnp.zeros((), jnp.int32), (trace, memory(), kept)
   trace, _, kept = jax.lax.while_loop(unfinished, body, start)[1]
   return trace, None, kept
@@ -297,14 +305,15 @@ def _evaluate(plan, look, unembed, rows, block, step, state, count_B, active_B):
   """One step of a block: reads the canvases of all `rows` and writes into those that are active."""
   c = plan.config
   trace, memory, kept = state
-  x_BWX, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, step, kept)
-  index_BW, generated_BW = plan.of_block(rows.index, block), plan.of_block(rows.generated, block)
+  x_BWX, kept = look(rows, canvases.put(rows, trace.tokens, rows.canvas), block, kept)
+  logical_BW = plan.of_block(rows.logical, block)
+  generated_BW = plan.of_block(rows.generated, block)
   masked_BW = (plan.of_block(trace.tokens, block) == plan.mask_id) & generated_BW
   pace = rows.pace
   number_B = block * pace.steps + step  # of all blocks
   keys_BW = None
   if unmasking.draws(c):
-    keys_BW = unmasking.noise_keys(rows.keys, number_B, plan.of_block(rows.logical, block))
+    keys_BW = unmasking.noise_keys(rows.keys, number_B, logical_BW)
   chance_B = jnp.where(step >= pace.steps - 1, 1.0, pace.ratio(step))
   rules = None
   if plan.constraints is not None:
@@ -317,7 +326,7 @@ def _evaluate(plan, look, unembed, rows, block, step, state, count_B, active_B):
     may_B = active_B & (step < pace.steps - 1)  # the last step leaves nothing open
     judged_BW = revocation.may_be(may_B, old)
   choice, memory = unmasking.choose(
-    x_BWX, unembed, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, index_BW, c,
+    x_BWX, unembed, masked_BW & active_B[:, None], count_B, chance_B, keys_BW, logical_BW, c,
     plan.mask_id, memory, rules, old["tokens"], judged_BW,
   )  # fmt: skip
   found = {"tokens": choice.tokens, "step": number_B[:, None], "confidence": choice.confidence,

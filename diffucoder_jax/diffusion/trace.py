@@ -73,6 +73,8 @@ def load_trace(path):
   """Reads what `save_trace` wrote, of either version."""
   with epath.Path(path).open("rb") as f, np.load(f) as data:
     arrays = dict(data)
+  if "version" not in arrays:
+    raise ValueError(f"{path} holds no trace: it has {sorted(arrays)} and no version")
   version = int(arrays.pop("version"))
   if version not in (TRACE_VERSION, REVOKED_VERSION):
     raise ValueError(

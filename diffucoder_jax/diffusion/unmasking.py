@@ -73,7 +73,7 @@ def choose(
     count_B: int32, positions that the schedule commits.
     chance_B: float32; "origin" commits each position with it instead.
     keys_BS: `noise_keys`; None when nothing is drawn (`draws`).
-    index_BS: int32, places on the canvas.
+    index_BS: int32, places among the row's real tokens.
     config: `SamplerConfig`. mask_id: int, never written. memory: `Memory`, with `kl_bound`.
     rules: `constraints.Rules` or None. Where these allow no token nothing is chosen.
     standing_BS, judged_BS: what stands on the canvas, int32, and of which positions `Choice.standing`

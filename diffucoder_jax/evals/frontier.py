@@ -15,9 +15,10 @@ from etils import epath
 
 from diffucoder_jax.evals import charts, order_charts, report, scores, style
 
-# What may differ between cells that are compared: the sampler is what is swept, and another commit
-# or Python is said on the page.
-MAY_DIFFER = ("sampler", "commit", "python")
+# What may differ between cells that are compared: the sampler is what is swept, and so what is said of it
+# in words; another commit or Python is said on the page.
+MAY_DIFFER = ("sampler", "decoding", "commit", "python")
+PICTURE, PAGE = "frontier.svg", "index.html"
 
 
 class Point(NamedTuple):
@@ -246,5 +247,11 @@ def write(folder, title, points, table, along="steps", notes=()):
     + "\n".join(parts)
     + f"\n</main>\n<footer><p>{made}</p></footer></body></html>\n"
   )
-  (folder / "frontier.svg").write_text(order_charts.standalone(svg))
-  (folder / "index.html").write_bytes(page.encode("utf-8", "replace"))
+  (folder / PICTURE).write_text(order_charts.standalone(svg))
+  (folder / PAGE).write_bytes(page.encode("utf-8", "replace"))
+
+
+def remove(folder):
+  """Takes away what `write` wrote, if it did."""
+  for name in (PICTURE, PAGE):
+    (epath.Path(folder) / name).unlink(missing_ok=True)

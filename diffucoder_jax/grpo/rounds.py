@@ -86,6 +86,11 @@ class Rounds:
     self.objective = objective.Objective(**c.objective)
     self.reward = rewards.RewardConfig(**c.reward.to_dict())
     self.sampler = sampler.SamplerConfig(**c.sampler)
+    if self.reward.fence == "strict" and self.sampler.stop_at_eos:
+      raise ValueError(
+        "reward.fence 'strict' wants the newline after an answer's end token, and with "
+        "sampler.stop_at_eos nothing is written there; set one of them otherwise"
+      )
     self.model = Transformer(ckpt.config)
     tokenizer = ckpt.tokenizer
     self.end_id = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id >= 0 else ckpt.eos_id

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffucoder_jax.diffusion import cache, remasking, sampler
+from diffucoder_jax.diffusion import cache, constraints, sampler
 from diffucoder_jax.diffusion import canvas as canvases
 from diffucoder_jax.model import windows
 from diffucoder_jax.model.config import ModelConfig
@@ -152,30 +152,69 @@ def test_holes_are_written_in_blocks_too(params):
   np.testing.assert_array_equal(tokens_BL[given_BL], np.asarray(prompts)[given_BL])
 
 
-def test_steps_that_are_not_evaluated_do_not_age_a_cache():
-  config = dataclasses.replace(PLAIN, cache="dual", refresh=2)
-  # Of as many steps as places the first commits nothing.
-  assert cache.refreshes(config, 4).tolist() == [False, True, False, True]
-  assert (
-    cache.refreshes(dataclasses.replace(config, threshold=0.9), 4).tolist() == [True, False] * 2
-  )
-  assert (
-    cache.refreshes(dataclasses.replace(config, refresh=0), 4).tolist()
-    == [False, True] + [False] * 2
-  )
-  for steps in (1, 3, 9):
-    assert cache.refreshes(dataclasses.replace(config, refresh=1), steps).sum() == min(
-      steps, int(np.count_nonzero(committed(config, steps)))
-    )
+READ, KEPT = 20, 21  # what the network below writes after each kind of evaluation
 
 
-def committed(config, steps):
-  left, counts = jnp.asarray([config.block_size]), []
-  ratios_T = remasking.commit_ratios(steps, config.eps, config.schedule)
-  for step in range(steps):
-    counts.append(int(remasking.commit_count(config.alg, left, step, steps, ratios_T[step])[0]))
-    left -= counts[-1]
-  return counts
+def reading(vocabulary, width):
+  """A network that tells how it was asked: (fresh, again) of `cache.look`."""
+  logits = lambda token, batch: 9.0 * jax.nn.one_hot(  # noqa: E731
+    jnp.full((batch, width), token), vocabulary
+  )
+  fresh = lambda canvas_BL, valid_BL, start: (logits(READ, len(canvas_BL)), jnp.zeros(1))  # noqa: E731
+  again = lambda canvas_BL, valid_BL, start, kept: logits(KEPT, len(canvas_BL))  # noqa: E731
+  return fresh, again
+
+
+@pytest.mark.parametrize(
+  ("changes", "ids", "kinds"),
+  [
+    # Of as many steps as places the first commits nothing, the last two.
+    (dict(refresh=2), [], [[READ], [KEPT], [READ, READ]] * 3),
+    (dict(refresh=0), [], [[READ], [KEPT], [KEPT, KEPT]] * 3),
+    (dict(refresh=1), [], [[READ], [READ], [READ, READ]] * 3),
+    (dict(refresh=3, schedule="uniform"), [], [[READ], [KEPT], [KEPT], [READ]] * 3),
+    # With two of four places forced the first two steps commit nothing.
+    (dict(refresh=0), [7, 7], [[READ, READ], *[[READ], [KEPT], [KEPT, KEPT]] * 2]),
+    (dict(refresh=2), [7, 7, 7], [[READ], *[[READ], [KEPT], [READ, READ]] * 2]),
+    (dict(refresh=0, alg="left_to_right"), [7, 7, 7], [[READ], *[[READ], *[[KEPT]] * 3] * 2]),
+  ],
+)
+def test_evaluations_age_a_cache_and_steps_without_one_do_not(changes, ids, kinds):
+  config = dataclasses.replace(PLAIN, cache="dual", **changes)
+  canvas, valid = canvases.lay_out([[2, 3]], 2 + NEW, NEW, MASK)
+  trace = sampler.generate(
+    reading(32, 4), canvas, valid, None, config, mask_id=MASK,
+    constraints=constraints.force(ids),
+  )  # fmt: skip
+  tokens_N, step_N = np.asarray(trace.tokens)[0, 2:], np.asarray(trace.step)[0, 2:]
+  steps = [step for step in np.unique(step_N) if step >= 0]
+  assert [tokens_N[step_N == step].tolist() for step in steps] == kinds
+  assert trace.nfe[0] == len(kinds)
+
+
+@pytest.mark.parametrize("kind", sorted(cache.WINDOWS))
+def test_a_block_with_forced_tokens_is_read_with_its_prompt(params, kind):
+  """What each block commits first is what the exact sampler would, given what stands before it."""
+  limits = constraints.force([9, 9], at=2)
+  for prompt in ([2, 3, 4], [13, 14, 15]):
+    traces = []
+    for name in (kind, "none"):
+      config = dataclasses.replace(PLAIN, cache=name)
+      canvas, valid = canvases.lay_out([prompt], 4 + NEW, NEW, MASK)
+      model = Transformer(CONFIG)
+      window = cache.WINDOWS.get(name)
+      traces.append(
+        sampler.generate(
+          windows.features_fn(model, params, 4, window), canvas, valid, None, config, mask_id=MASK,
+          slots=NEW, unembed=unembed_fn(model, params), constraints=limits,
+        )  # fmt: skip
+      )
+    cached, exact = (jax.tree.map(np.asarray, trace) for trace in traces)
+    first = exact.step == exact.step[exact.step >= 0].min()
+    assert first.any()
+    np.testing.assert_array_equal(cached.step == cached.step[cached.step >= 0].min(), first)
+    np.testing.assert_array_equal(cached.tokens[first], exact.tokens[first])
+    np.testing.assert_allclose(cached.confidence[first], exact.confidence[first], atol=1e-5)
 
 
 def test_what_cannot_be_cached_is_named(params):
@@ -193,5 +232,7 @@ def test_what_cannot_be_cached_is_named(params):
   cache.check(PLAIN, NEW + 1)
   with pytest.raises(ValueError, match="a row has 13 masks where 12"):
     cache.check(config, NEW + 1)
+  with pytest.raises(ValueError, match="a canvas of 12 places has none before its 12 new tokens"):
+    sampler.generate(None, np.zeros((2, NEW)), None, None, config, mask_id=MASK)
   with pytest.raises(ValueError, match="leave out batch_sizes"):
     sampler.generate(None, np.zeros((2, 16)), None, None, config, mask_id=MASK, batch_sizes=(1,))

@@ -225,6 +225,7 @@ def test_what_cannot_be_kept_is_named():
   check = functools.partial(constraints.check, places=NEW, vocab_size=VOCAB, mask_id=MASK)
   check(EVERYTHING)
   check(constraints.together())
+  check(constraints.force([]))
   for wrong, words in (
     (constraints.ban([VOCAB]), "id 16 is outside the vocabulary 0..15"),
     (constraints.ban([*range(MASK), 15]), "everything is banned at place 0"),

@@ -141,6 +141,24 @@ def test_buckets_are_few_and_waste_little(size):
   assert len({queue.bucket(n) for n in range(1, 4097)}) == 24
 
 
+@pytest.mark.parametrize(
+  ("rows", "changes", "words"),
+  [
+    ([[2, MASK]], dict(batch_size=0), "batch_size is 0; write at least one row"),
+    ([[2, MASK], [2, 3]], dict(holes=True), "row 1 has no masks and max_new_tokens is 0"),
+    ([[2], [2] * 60], dict(limit=64), "row 1 takes 66 places with its new tokens, and the limit is 64"),
+  ],
+)
+def test_what_cannot_be_written_is_named(params, rows, changes, words):
+  config = dataclasses.replace(GREEDY, max_new_tokens=0) if changes.pop("holes", False) else GREEDY
+  with pytest.raises(ValueError, match=words):
+    list(
+      queue.write(
+        windows.network(CONFIG), params, rows, key_data(range(2)), config, mask_id=MASK, **changes
+      )
+    )
+
+
 def test_few_rows_make_a_small_batch_and_fillers_write_nothing(params):
   batches = list(
     queue.write(

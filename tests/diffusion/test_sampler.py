@@ -163,10 +163,35 @@ def test_the_mask_token_is_never_written(temperature):
   assert (trace.tokens == 2).all()
 
 
-def test_left_to_right_is_in_order_one_a_step(run):
+def test_a_threshold_is_on_the_token_that_is_written():
+  """Where the network is sure of MASK, it is not sure of the token that is written instead."""
+  logits = np.zeros((1, 6, 8), np.float32)
+  logits[..., 5] = 50.0
+  fn = lambda canvas, valid: jnp.broadcast_to(jnp.asarray(logits), (*canvas.shape, 8))  # noqa: E731
+  config = sampler.SamplerConfig(alg="maskgit_plus", max_new_tokens=6, temperature=0.0, threshold=0.9)
+  canvas, valid = jnp.full((1, 6), 5, jnp.int32), jnp.ones((1, 6), bool)
+  trace = sampler.generate(fn, canvas, valid, sampler.row_keys(0, 1), config, mask_id=5)
+  assert trace.nfe[0] == 6 and sorted(np.asarray(trace.step)[0].tolist()) == [*range(6)]
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_left_to_right_is_in_order_one_a_step(run, left):
   config = sampler.SamplerConfig(alg="left_to_right", steps=9, max_new_tokens=9, temperature=0.5)
-  trace = run(*layout([[2, 3]], 9, 0), sampler.row_keys(0, 1), config)
-  np.testing.assert_array_equal(trace.step[0, 2:], np.arange(9))
+  trace = run(*layout([[2, 3]], 9, left), sampler.row_keys(0, 1), config)
+  np.testing.assert_array_equal(trace.step[0, -9:], np.arange(9))
+  np.testing.assert_array_equal(trace.confidence[0, -9:], -np.arange(2, 11))  # padding is no place
+
+
+@pytest.mark.parametrize(("masks", "block", "steps"), [(9, 8, 9), (33, 32, 33), (7, 16, 7), (6, 2, 6)])
+def test_no_steps_are_one_for_each_mask_in_blocks_too(run, masks, block, steps):
+  config = sampler.SamplerConfig(
+    alg="left_to_right", steps=0, max_new_tokens=masks, block_size=block, temperature=0.0
+  )
+  canvas, valid = layout([[2, 3]], masks, 0)
+  trace = run(canvas, valid, sampler.row_keys(0, 1), config, slots=masks)
+  step_N = np.asarray(trace.step)[0, 2:]
+  assert trace.nfe[0] == steps and len(np.unique(step_N)) == masks
+  assert (np.diff(step_N) > 0).all()
 
 
 def test_stop_at_eos_keeps_the_tokens_before_it(run):
@@ -346,6 +371,8 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
     dict(temperature=-1.0),
     dict(eps=0.0),
     dict(steps=-1),
+    dict(steps=2.5),
+    dict(top_k=True),
     dict(alternatives=-1),
   ],
 )

@@ -27,7 +27,8 @@ def write_cell(folder, changes, nfe, solved, **pins):
     for i in range(20)
   ]
   costs = {"nfe": nfe, "tokens_per_second": 10.0, "length": 9.0, "ended": 1.0, "seconds": 0.9}
-  results = scores.summarise({**PINS, "sampler": sampler, **pins}, verdicts, costs)
+  said = {"sampler": sampler, "decoding": f"diffusion network, {sampler['alg']}"}
+  results = scores.summarise({**PINS, **said, **pins}, verdicts, costs)
   folder.mkdir(parents=True)
   (folder / "results.json").write_text(json.dumps(results))
   return {"cell": folder.name, "state": "finished", "detail": "", "changes": changes,
