@@ -37,7 +37,7 @@ from diffucoder_jax.evals import (
   report,
 )
 from diffucoder_jax.pretrained import describe, from_pretrained
-from diffucoder_jax.requests import yes_or_no
+from diffucoder_jax.requests import add_fields
 from diffucoder_jax.runtime import checkpoint, heap, workdir
 
 
@@ -77,10 +77,7 @@ def parse_arguments(argv=None):
   sampling.add_argument("--chat", action="store_true", help="prompts are what a user says")
   sampling.add_argument("--system", default=chat.SYSTEM, help="with --chat; '' for none")
   sampling.add_argument("--batch_size", type=int, default=8)
-  for field in dataclasses.fields(sampler.SamplerConfig):
-    if field.name != "temperature":
-      kind = yes_or_no if field.type is bool else field.type
-      sampling.add_argument(f"--{field.name}", type=kind, help=f"default {field.default}")
+  add_fields(sampling, sampler.SamplerConfig(), "sampler", skip=("temperature",))
   args = parser.parse_args(argv)
   if args.prompts and not args.checkpoint:
     parser.error("--prompts are sampled from a --checkpoint; give one")

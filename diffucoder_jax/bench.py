@@ -55,33 +55,49 @@ def parse_arguments(argv=None):
     part = parts.add_parser(
       name, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    part.add_argument("--repeats", type=int, default=5, help="of each measurement, in turns")
+    part.add_argument(
+      "--repeats", type=timing.at_least(1), default=5, help="of each measurement, in turns"
+    )
     part.add_argument(
       "--output", metavar="DIR",
       help=f"also write DIR/{name}.json, with every repeat, and DIR/{name}.txt",
     )  # fmt: skip
     module.add_arguments(part)
-  args = parser.parse_args(argv)
-  if args.repeats < 1:
-    parser.error("--repeats must be at least 1")
-  return args
+  return parser.parse_args(argv)
+
+
+def open_output(path):
+  """The folder, made if need be; told before an hour of measuring if it cannot be written to."""
+  folder = epath.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(
+      f"--output {path} cannot be written to ({error}); name another folder"
+    ) from error
+  return folder
 
 
 def main(argv=None):
   """Runs one benchmark, prints its table and writes it where --output says. Returns the JSON value."""
   args = parse_arguments(argv)
+  folder = open_output(args.output) if args.output else None
   around = timing.surroundings()
   found = BENCHES[args.bench].run(args)
   text = "\n".join(table.lines(found, around))
   print(text)
   result = table.as_json(found, args.bench, vars(args), around)
-  if args.output:
-    folder = epath.Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
+  if folder is not None:
     (folder / f"{args.bench}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{args.bench}.txt").write_text(text + "\n")
-    if found.picture:
-      found.picture(folder / f"{args.bench}.png")
+    try:
+      if found.picture:
+        found.picture(folder / f"{args.bench}.png")
+    except ImportError as error:
+      print(f"no picture ({error}): pip install -e '.[report]'", file=sys.stderr)
   return result
 
 

@@ -25,7 +25,7 @@ from diffucoder_jax.evals import benchmarks, bounds, sample_log, sampling, score
 from diffucoder_jax.evals import pins as pins_lib
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 from diffucoder_jax.pretrained import from_pretrained
-from diffucoder_jax.requests import yes_or_no
+from diffucoder_jax.requests import add_fields, yes_or_no
 from diffucoder_jax.runtime import checkpoint as checkpoints
 from diffucoder_jax.runtime import hosts, sharding
 from diffucoder_jax.runtime import workdir as workdirs
@@ -297,11 +297,8 @@ def parse_arguments(argv=None):
   )
   for axis in sharding.AXES:
     add(f"--{axis}", type=int, default=1, help=f"mesh size along {axis}")
-  for kind, word, defaults in ((SamplerConfig, "sampler", SamplerConfig()),
-                               (Limits, "sandbox", verdicts.LIMITS)):  # fmt: skip
-    for field in dataclasses.fields(kind):
-      type_ = yes_or_no if field.type is bool else field.type
-      add(f"--{field.name}", type=type_, help=f"{word} (default {getattr(defaults, field.name)})")
+  add_fields(parser, SamplerConfig(), "sampler")
+  add_fields(parser, verdicts.LIMITS, "sandbox")
   return parser.parse_args(argv)
 
 

@@ -25,7 +25,7 @@ from diffucoder_jax.data import chat
 from diffucoder_jax.diffusion import constraints, sampler
 from diffucoder_jax.evals import terminal
 from diffucoder_jax.pretrained import from_pretrained
-from diffucoder_jax.requests import names_of, read_requests, to_prompt, yes_or_no
+from diffucoder_jax.requests import add_fields, names_of, read_requests, to_prompt
 from diffucoder_jax.runtime import heap, sharding
 
 
@@ -66,9 +66,7 @@ def parse_arguments(argv=None):
   )
   for axis in sharding.AXES:
     parser.add_argument(f"--{axis}", type=int, default=1, help=f"mesh size along {axis}")
-  for field in dataclasses.fields(sampler.SamplerConfig):
-    kind = yes_or_no if field.type is bool else field.type
-    parser.add_argument(f"--{field.name}", type=kind, help=f"sampler (default {field.default})")
+  add_fields(parser, sampler.SamplerConfig(), "sampler")
   return parser.parse_args(argv)
 
 
@@ -146,6 +144,10 @@ def main(args):
   """Answers every request, prints the text, and writes what was asked for."""
   requests = read_requests(args)
   check_flags(args, requests)
+  if args.traces:
+    epath.Path(args.traces).mkdir(parents=True, exist_ok=True)
+  if args.output:
+    epath.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
   ckpt = load(args)
   began = time.monotonic()
   results = answer(args, ckpt, requests)
@@ -161,15 +163,12 @@ def main(args):
     if len(requests) > 1:
       print(f"--- {i + 1} of {len(requests)}", flush=True)
     if args.traces:
-      folder = epath.Path(args.traces)
-      folder.mkdir(parents=True, exist_ok=True)
-      sampler.save_trace(folder / f"{i}.npz", output.trace)
+      sampler.save_trace(epath.Path(args.traces) / f"{i}.npz", output.trace)
   if args.output:
     lines = []
     for request, output in zip(requests, results, strict=True):
       found = {"completion": output.text, "length": output.length, "ended": output.ended}
       lines.append(json.dumps({**request, **found, "nfe": int(output.trace.nfe[0])}) + "\n")
-    epath.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(args.output).write_text("".join(lines))
   written = sum(len(output.tokens) for output in results)
   evaluations = sum(int(output.trace.nfe[0]) for output in results)
@@ -184,5 +183,5 @@ if __name__ == "__main__":
   heap.keep_freed_memory()
   try:
     main(parse_arguments())
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"generate: {error}")

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -48,6 +49,18 @@ def names_of(args, requests):
   if args.prompts in (None, "-"):
     return [f"prompt {i + 1}" for i in range(len(requests))]
   return [f"{args.prompts} line {i + 1}" for i in range(len(requests))]
+
+
+def add_fields(parser, settings, words, skip=()):
+  """A flag for each field of a dataclass, None where it is not given; `settings` has the defaults."""
+  for field in dataclasses.fields(settings):
+    if field.name in skip:
+      continue
+    kind = dict(type=field.type)
+    if field.type is bool:
+      kind = dict(type=yes_or_no, nargs="?", const=True)
+    default = getattr(settings, field.name)
+    parser.add_argument(f"--{field.name}", help=f"{words} (default {default})", **kind)
 
 
 def yes_or_no(text):

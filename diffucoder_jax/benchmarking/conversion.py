@@ -22,7 +22,9 @@ IN, OUT, COPY = "Hugging Face to Orbax", "Orbax to Hugging Face", "plain copy of
 def add_arguments(parser):
   """Flags of `bench convert`."""
   flag = parser.add_argument
-  flag("--megabytes", type=int, default=500, help="about so many, in layers of 1,024")
+  flag(
+    "--megabytes", type=timing.at_least(1), default=500, help="about so many, in layers of 1,024"
+  )
   flag("--dtype", choices=convert.DTYPES, default="bfloat16", help="as stored")
   flag(
     "--folder",

@@ -26,14 +26,17 @@ SMALL = dict(
 NAMES = ("31m", *PRESETS)
 
 
-def add_arguments(parser):
-  """--preset, --ckpt and --seed."""
+def add_arguments(parser, random=True):
+  """--ckpt and --seed; and --preset, unless random weights say nothing."""
+  if random:
+    parser.add_argument(
+      "--preset", choices=NAMES, default="31m",
+      help="random weights of this size, float32 (31m: 8 layers of 512, 8 heads of which 2 kv, mlp "
+      "1408, vocabulary 8192)",
+    )  # fmt: skip
   parser.add_argument(
-    "--preset", choices=NAMES, default="31m",
-    help="random weights of this size, float32 (31m: 8 layers of 512, 8 heads of which 2 kv, mlp "
-    "1408, vocabulary 8192)",
-  )  # fmt: skip
-  parser.add_argument("--ckpt", metavar="FOLDER", help="these weights instead, as float32")
+    "--ckpt", metavar="FOLDER", required=not random, help="these weights, as float32"
+  )
   parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts")
 
 

@@ -17,38 +17,42 @@ from diffucoder_jax.evals import sampling as prompting
 from diffucoder_jax.execution.sandbox import Limits, Sandbox
 
 EXACT = "exact"
+BLOCK = 16  # the largest of `WAYS`
 # Changes of the exact sampler, which writes one token at a step.
 WAYS = (
   *(dict(steps=n) for n in (24, 12, 6)),
   *(dict(threshold=p) for p in (0.95, 0.9, 0.8, 0.7)),
   *(dict(entropy_bound=nats) for nats in (0.05, 0.2, 0.5)),
   dict(threshold=0.7, kl_bound=0.01),
-  dict(block_size=16, stop_at_eos=True),
-  dict(block_size=16, threshold=0.9, stop_at_eos=True),
+  dict(block_size=BLOCK, stop_at_eos=True),
+  dict(block_size=BLOCK, threshold=0.9, stop_at_eos=True),
   dict(block_size=8, threshold=0.9, stop_at_eos=True),
-  *(dict(block_size=16, threshold=0.9, stop_at_eos=True, cache=c) for c in ("prefix", "dual")),
+  *(dict(block_size=BLOCK, threshold=0.9, stop_at_eos=True, cache=c) for c in ("prefix", "dual")),
   dict(block_size=8, threshold=0.9, stop_at_eos=True, cache="dual"),
 )
 
 
 def add_arguments(parser):
   """Flags of `bench quality`."""
-  networks.add_arguments(parser)
+  some = timing.at_least(1)
+  networks.add_arguments(parser, random=False)
   flag = parser.add_argument
   flag("--data_path", required=True, metavar="FILE", help="problems, as for evaluate")
-  flag("--first", type=int, default=200, metavar="N", help="so many of them, in whole batches")
-  flag("--batch_size", type=int, default=50)
-  flag(
-    "--new_tokens", type=int, default=48, help="for each problem, and steps of the exact sampler"
-  )
-  flag("--alg", default="entropy", help="which positions are written first")
+  flag("--first", type=some, default=200, metavar="N",
+       help="so many of them, in whole batches")  # fmt: skip
+  flag("--batch_size", type=some, default=50)
+  flag("--new_tokens", type=some, default=48,
+       help=f"for each problem, and steps of the exact sampler: a multiple of {BLOCK}")  # fmt: skip
+  flag("--alg", choices=sampling.ALGS, default="entropy", help="which positions are written first")
   flag("--system", default="", help="the system message; '' for none")
 
 
 def run(args):
   """Times and judges; returns a `table.Table`."""
-  if not args.ckpt:
-    raise ValueError("bench quality needs --ckpt: random weights solve nothing")
+  if args.new_tokens % BLOCK:
+    raise ValueError(
+      f"--new_tokens is {args.new_tokens}, which blocks of {BLOCK} do not divide; give a multiple"
+    )
   opened = benchmarks.open_benchmark("problems", args.data_path)
   problems = opened.problems[: args.first]
   batch = min(args.batch_size, len(problems))
@@ -61,6 +65,8 @@ def run(args):
     folder.mkdir()
     folder, words = networks.write(folder, args)
     ckpt = networks.laid_out(networks.open_ours(folder))
+    if ckpt.tokenizer is None:
+      raise ValueError(f"{args.ckpt} has no tokenizer file, so problems cannot be asked; add one")
     models, notes, versions = rivals.open_all(folder, ckpt, exact)
     rows = compare(ckpt, models, opened, batch, exact, WAYS, args)
   notes = [

@@ -23,11 +23,12 @@ ALG = "maskgit_plus"  # the order of Fast-dLLM's threshold
 
 class Answers(NamedTuple):
   """New tokens of all prompts, int [R, N]; network evaluations of a batch, mean over batches, and of one
-  row, mean over rows."""
+  row, mean over rows; and of ours the step that wrote each."""
 
   tokens_RN: np.ndarray
   evaluations: float
   of_a_row: float
+  step_RN: np.ndarray | None = None
 
 
 def answer(model, sample, batches, config, pad_id=0):
@@ -49,7 +50,8 @@ def open_all(folder, ckpt, config, dream=None, fast_dllm=None):
   """
   why = twins.absent()
   if why:
-    return {}, [why], {}
+    named = ((DREAM, dream), (FAST_DLLM, fast_dllm))
+    return {}, [why, *(f"left out with it: {name} at {code}" for name, code in named if code)], {}
   twin, notes = twins.open_twin(folder), []
   found = {TWIN: (twin, whole)}
   if config.block_size:

@@ -20,8 +20,9 @@ from diffucoder_jax.diffusion import cache, canvas, sampler
 from diffucoder_jax.diffusion.sampler import SamplerConfig
 from diffucoder_jax.model import cost, windows
 from diffucoder_jax.model.transformer import Transformer, unembed_fn
-from diffucoder_jax.requests import read_requests, to_prompt
+from diffucoder_jax.requests import names_of, read_requests, to_prompt
 
+ALGS = "entropy", "maskgit_plus", "topk_margin"  # in which both sides have the same order
 OURS, ASKED, FLOOR = "ours, jitted", "ours, as asked", "matmul floor"
 # Fields of `SamplerConfig` that are flags here: what makes it quicker, most of it at a cost in quality.
 QUICKER = {
@@ -37,21 +38,25 @@ QUICKER = {
 
 def add_arguments(parser):
   """Flags of `bench sample`; the defaults take some ten minutes on two cores."""
+  some = timing.at_least(1)
   networks.add_arguments(parser)
   timing.add_arguments(parser)
   flag = parser.add_argument
   flag(
-    "--batch_sizes", type=int, nargs="+", default=(1, 4), metavar="B", help="one after the other"
-  )
-  flag("--prompt_tokens", type=int, default=64, help="of each prompt, random ids")
+    "--batch_sizes", type=some, nargs="+", default=(1, 4), metavar="B",
+    help="one after the other",
+  )  # fmt: skip
+  flag("--prompt_tokens", type=some, default=64, help="of each prompt, random ids")
   flag("--prompts", metavar="FILE", help='jsonl of {"prompt": text} instead, as for generate')
-  flag("--first", type=int, default=0, metavar="N",
+  flag("--first", type=timing.at_least(0), default=0, metavar="N",
        help="so many of the prompts, in batches; 0: one batch")  # fmt: skip
   flag("--chat", action="store_true", help="they are what a user says")
   flag("--system", default=chat.SYSTEM, help="with --chat, the system message; '' for none")
-  flag("--new_tokens", type=int, default=128, help="for each prompt")
-  flag("--steps", type=int, default=0, help="of denoising; 0: one for each new token")
-  flag("--alg", choices=("entropy", "maskgit_plus", "topk_margin"), default="entropy",
+  flag("--new_tokens", type=some, default=128, help="for each prompt")
+  flag(
+    "--steps", type=timing.at_least(0), default=0, help="of denoising; 0: one for each new token"
+  )
+  flag("--alg", choices=ALGS, default="entropy",
        help="which positions are written first")  # fmt: skip
   flag("--top_p", type=float, default=1.0, help="1: off")
   for field in dataclasses.fields(SamplerConfig):
@@ -69,8 +74,10 @@ def add_arguments(parser):
 def configs_of(args):
   """(exact, asked): `SamplerConfig`s at temperature 0; asked is None where nothing quicker is.
 
-  Raises: ValueError: of the sampler, or of what --fast_dllm needs.
+  Raises: ValueError: of the sampler, of flags that need others, or of what --fast_dllm needs.
   """
+  if (args.chat or args.first) and not args.prompts:
+    raise ValueError("--chat and --first are of --prompts; give a file of them")
   exact = SamplerConfig(
     alg=args.alg, steps=args.steps or args.new_tokens, max_new_tokens=args.new_tokens,
     temperature=0.0, top_p=args.top_p,
@@ -92,16 +99,13 @@ def run(args):
     folder.mkdir()
     folder, words = networks.write(folder, args)
     ckpt = networks.laid_out(networks.open_ours(folder))
+    end_id = end_of(args, ckpt)
+    batches = {batch: batches_of(args, ckpt, batch, exact) for batch in args.batch_sizes}
     opened = rivals.open_all(folder, ckpt, asked or exact, args.dream, args.fast_dllm)
     models, notes, versions = opened
-    end_id = end_of(args, ckpt)
     rows = []
-    for batch in args.batch_sizes:
-      found = compare(
-        ckpt, models, batches_of(args, ckpt, batch), (exact, asked), args.repeats, args.matmul_size,
-        end_id,
-      )  # fmt: skip
-      rows += found
+    for some in batches.values():
+      rows += compare(ckpt, models, some, (exact, asked), args.repeats, args.matmul_size, end_id)
   prompts = f"{args.prompts}" if args.prompts else f"random ones of {args.prompt_tokens} tokens"
   title = (
     f"sample: {words}, float32; prompts: {prompts}; {args.new_tokens} new tokens in {exact.steps} "
@@ -117,7 +121,7 @@ def _notes(args, asked, end_id):
     "Our weights are laid out before (`model/layout.py`), as `generate` does once a batch; that is not "
     "in the seconds either.",
     "`equal`: tokens that are ours, at the same place. `gflop per second`: what the network's "
-    "projections, attention and the logits of all new tokens need in every evaluation.",
+    "projections and attention, and the logits of what is still masked, need in every evaluation.",
     f"{FLOOR}: these FLOPs at the rate of one float32 product of {args.matmul_size} x "
     f"{args.matmul_size} matrices in JAX.",
   ]
@@ -130,6 +134,12 @@ def _notes(args, asked, end_id):
     f"{ASKED}: {', '.join(named)}. `x asked`: seconds over its; `equal asked`: of its `tokens asked` "
     "those that are the same. Evaluations of a cache are of a part of the canvas, but for the refreshes."
   )
+  if asked.block_size:
+    notes.append(
+      f"{rivals.BLOCKS}: the exact sampler block by block; no cache, threshold or end is in it."
+    )
+  if args.fast_dllm and max(args.batch_sizes) > 1:
+    notes.append(f"{rivals.FAST_DLLM} takes one row at a time: it is in batches of 1 alone.")
   if asked.stop_at_eos:
     notes.append(
       f"Tokens: up to the first end token ({end_id}) of each row, that one included; without an end, all."
@@ -144,16 +154,18 @@ def end_of(args, ckpt):
   found = found if args.end_id < 0 else args.end_id
   if args.stop_at_eos and found < 0:
     raise ValueError("--stop_at_eos needs an end token, and these weights name none; give --end_id")
+  if found >= ckpt.config.vocab_size:
+    raise ValueError(f"--end_id {found} is outside the vocabulary 0..{ckpt.config.vocab_size - 1}")
   return found
 
 
-def batches_of(args, ckpt, batch):
-  """Prompts in batches: lists of lists of token ids."""
+def batches_of(args, ckpt, batch, config):
+  """Prompts in batches: lists of lists of token ids. Raises ValueError for those that cannot be had."""
   if not args.prompts:
     rng = np.random.default_rng(args.seed)
     # The mask is in no prompt: it would be a hole to fill.
     ids_BL = rng.integers(0, ckpt.config.vocab_size - 1, (batch, args.prompt_tokens))
-    return [(ids_BL + (ids_BL >= ckpt.mask_id)).tolist()]
+    return [completion.check(ckpt, (ids_BL + (ids_BL >= ckpt.mask_id)).tolist(), config)]
   if ckpt.tokenizer is None:
     raise ValueError(f"{args.ckpt or args.preset} has no tokenizer to read --prompts with")
   asked = SimpleNamespace(**{**vars(args), "prompt": None, "infill": None})
@@ -162,7 +174,12 @@ def batches_of(args, ckpt, batch):
   if len(requests) < number or number % batch:
     raise ValueError(f"{number} prompts of {args.prompts} do not make batches of {batch}")
   prompts = [to_prompt(asked, ckpt, request) for request in requests]
-  rows = [completion.prompt_ids(ckpt, prompt) for prompt in prompts]
+  rows = completion.check(ckpt, prompts, config, names=names_of(asked, requests))
+  holes = [
+    name for name, row in zip(names_of(asked, requests), rows, strict=True) if ckpt.mask_id in row
+  ]
+  if holes:
+    raise ValueError(f"{holes[0]} has holes, which are not timed here; give prompts")
   return [rows[i : i + batch] for i in range(0, number, batch)]
 
 
@@ -177,8 +194,8 @@ def compare(ckpt, models, batches, configs, repeats, matmul_size, end_id=-1):
     rows of a `table.Table`, ours first, the floor last.
   """
   exact, asked = configs
-  batch, new = len(batches[0]), exact.max_new_tokens
-  length = max(len(row) for rows in batches for row in rows) + new
+  batch = len(batches[0])
+  length = max(len(row) for rows in batches for row in rows) + exact.max_new_tokens
   sides = {OURS: exact} if asked is None else {OURS: exact, ASKED: asked}
   tasks, compile_seconds = {}, {}
   for name, config in sides.items():
@@ -211,10 +228,9 @@ def compare(ckpt, models, batches, configs, repeats, matmul_size, end_id=-1):
         "equal_asked": int((answers[name] == answers[ASKED])[asked_RN].sum()),
       }  # fmt: skip
   # What is needed by all that go through the whole canvas for the whole buffer.
-  number = len(batches) * batch
-  needed = cost.scoring(
-    ckpt.config, number * length, length, found[OURS].evaluations, number * new
-  ).useful
+  passes, number = found[OURS].evaluations, len(batches) * batch
+  scored = sum(map(masks_read, found[OURS].step_RN)) / passes
+  needed = cost.scoring(ckpt.config, number * length, length, passes, scored).useful
   floor = [needed / flops * s for s in seconds[FLOOR]]
   rows.append({
     "batch": batch, "who": FLOOR, "seconds": floor,
@@ -271,6 +287,14 @@ def our_sampler(ckpt, batches, length, config, end_id):
     tokens_RL = np.concatenate([trace.tokens for trace in traces])
     evaluations = float(np.mean([np.max(trace.nfe) for trace in traces]))
     of_a_row = float(np.mean([np.mean(trace.nfe) for trace in traces]))
-    return rivals.Answers(tokens_RL[:, length - config.max_new_tokens :], evaluations, of_a_row)
+    new = np.s_[:, length - config.max_new_tokens :]
+    step_RN = np.concatenate([trace.step for trace in traces])[new]
+    return rivals.Answers(tokens_RL[new], evaluations, of_a_row, step_RN)
 
   return task, seconds
+
+
+def masks_read(step_N):
+  """Masks that a row's evaluations had before them, in all, if each wrote something; of `Trace.step`."""
+  _, evaluation_N = np.unique(step_N[step_N >= 0], return_inverse=True)
+  return int(np.sum(evaluation_N + 1))

@@ -11,8 +11,9 @@ from diffucoder_jax.execution import bench
 
 def add_arguments(parser):
   """Flags of `bench sandbox`."""
-  parser.add_argument("--jobs", type=int, default=500, help="of each measurement")
-  parser.add_argument("--workers", type=int, default=timing.cores(), help="processes that judge")
+  some = timing.at_least(1)
+  parser.add_argument("--jobs", type=some, default=500, help="of each measurement")
+  parser.add_argument("--workers", type=some, default=timing.cores(), help="processes that judge")
   parser.add_argument(
     "--level",
     default="auto",

@@ -21,14 +21,15 @@ SCORES, GRADIENT = "scores", "scores and gradient"
 
 def add_arguments(parser):
   """Flags of `bench logps`."""
+  some = timing.at_least(1)
   networks.add_arguments(parser)
   timing.add_arguments(parser)
   flag = parser.add_argument
-  flag("--batch_size", type=int, default=4, help="completions")
-  flag("--prompt_tokens", type=int, default=64, help="before each completion")
-  flag("--new_tokens", type=int, default=128, help="of each completion, all of them scored")
+  flag("--batch_size", type=some, default=4, help="completions")
+  flag("--prompt_tokens", type=timing.at_least(0), default=64, help="before each completion")
+  flag("--new_tokens", type=some, default=128, help="of each completion, all of them scored")
   flag(
-    "--pairs", type=int, default=1, help="of complementary masks; passes are twice as many and one"
+    "--pairs", type=some, default=1, help="of complementary masks; passes are twice as many and one"
   )
 
 

@@ -25,15 +25,17 @@ COPIED = 1 << 26  # float32 elements, more than any cache holds
 
 def add_arguments(parser):
   """Flags of `bench steps`."""
+  some = timing.at_least(1)
   networks.add_arguments(parser)
   timing.add_arguments(parser)
   flag = parser.add_argument
-  flag("--lengths", type=int, nargs="+", default=(128, 256, 512, 1024, 2048, 4096), metavar="L",
+  flag("--lengths", type=timing.at_least(2), nargs="+", metavar="L",
+       default=(128, 256, 512, 1024, 2048, 4096),
        help="of the canvas, with --batch rows; half of it is masks")  # fmt: skip
-  flag("--batches", type=int, nargs="+", default=(1, 2, 4, 8, 16, 32, 64), metavar="B",
+  flag("--batches", type=some, nargs="+", default=(1, 2, 4, 8, 16, 32, 64), metavar="B",
        help="rows, of --length")  # fmt: skip
-  flag("--length", type=int, default=128)
-  flag("--batch", type=int, default=1)
+  flag("--length", type=timing.at_least(2), default=128)
+  flag("--batch", type=some, default=1)
   flag("--budget", type=float, default=300.0, metavar="SECONDS",
        help="larger steps are left out, and named, when so much time has gone")  # fmt: skip
 
@@ -84,7 +86,7 @@ def measure(ckpt, shape, repeats, matmul_size):
   forward, tokens = cost.forward_flops(ckpt.config, length), batch * length
   needed = dict(
     projections=tokens * forward.layers, attention=tokens * forward.attention,
-    unembed=tokens // 2 * forward.head,
+    unembed=batch * (length // 2) * forward.head,
   )  # fmt: skip
   weights = 4 * (
     ckpt.config.num_layers * cost.layer_weights(ckpt.config) + cost.head_weights(ckpt.config)

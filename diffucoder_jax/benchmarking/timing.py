@@ -1,5 +1,6 @@
 """Seconds, taken in turns: the machine's quick and slow phases then fall on all sides alike."""
 
+import argparse
 import os
 import platform
 import statistics
@@ -58,7 +59,20 @@ def compiled(fn, *args):
 
 def add_arguments(parser):
   """--matmul_size."""
-  parser.add_argument("--matmul_size", type=int, default=2048, help="of the floor's matrices")
+  parser.add_argument(
+    "--matmul_size", type=at_least(1), default=2048, help="of the floor's matrices"
+  )
+
+
+def at_least(low):
+  """The type of a flag: a whole number that is not smaller."""
+
+  def whole_number(text):  # argparse takes its name for what is none
+    if int(text) < low:
+      raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+    return int(text)
+
+  return whole_number
 
 
 def matmul(size):

@@ -28,10 +28,11 @@ OPTIM = SimpleNamespace(
 
 def add_arguments(parser):
   """Flags of `bench train`."""
+  some = timing.at_least(1)
   networks.add_arguments(parser)
   timing.add_arguments(parser)
-  parser.add_argument("--batch_size", type=int, default=8, help="rows")
-  parser.add_argument("--seq_len", type=int, default=256, help="tokens of a row")
+  parser.add_argument("--batch_size", type=some, default=8, help="rows")
+  parser.add_argument("--seq_len", type=some, default=256, help="tokens of a row")
 
 
 def run(args):
@@ -67,6 +68,10 @@ def compare(folder, twin, shape, repeats, matmul_size, seed=0):
     rows of a `table.Table`.
   """
   ckpt = networks.open_ours(folder)
+  if shape[1] > ckpt.config.max_seq_len:
+    raise ValueError(
+      f"rows of {shape[1]} tokens are longer than these weights' context, {ckpt.config.max_seq_len}"
+    )
   tokens_BL = np.random.default_rng(seed).integers(0, ckpt.config.vocab_size - 1, shape)
   tokens_BL += tokens_BL >= ckpt.mask_id
   ours, noised, compile_seconds = our_tasks(folder, ckpt, tokens_BL, repeats + 1, seed)
