@@ -82,12 +82,13 @@ def rotary(positions_BL, head_dim, theta):
 
   if sharding.platform() == "cpu":
     # XLA would compute them again in every loop that reads them, for each head of each layer; what a
-    # branch returns it keeps. Either branch is right for any position: sin(-a) is -sin(a).
+    # branch returns it keeps. Either branch is right for any position: sin(-a) is -sin(a). Which one is
+    # taken must hang on something that XLA cannot know: it knows that counted positions are not negative.
     def mirrored(positions_BL):
       cos_BLk, sin_BLk = tables(-positions_BL)
       return cos_BLk, -sin_BLk
 
-    return jax.lax.cond(jnp.any(positions_BL < 0), mirrored, tables, positions_BL)
+    return jax.lax.cond(jnp.any(positions_BL > 2**30), mirrored, tables, positions_BL)
   return tables(positions_BL)
 
 

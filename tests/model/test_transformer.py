@@ -11,7 +11,7 @@ import pytest
 from diffucoder_jax.hf import mapping
 from diffucoder_jax.model import attention, transformer
 from diffucoder_jax.model.config import PRESETS, ModelConfig, preset
-from diffucoder_jax.model.transformer import Transformer, unembed
+from diffucoder_jax.model.transformer import Transformer, positions_of, unembed
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -251,11 +251,15 @@ def test_presets_are_whole_networks(name):
   assert jax.eval_shape(apply, tree, tokens_BL).shape == (2, 16, config.vocab_size)
 
 
-def test_on_a_cpu_angles_are_found_once(params):
-  """Not again in each loop over heads that reads them; this counts in what XLA made of the network."""
+@pytest.mark.parametrize(
+  "positions", [lambda x_BL: x_BL, lambda x_BL: positions_of(x_BL > 3)], ids=["given", "counted"]
+)
+def test_on_a_cpu_angles_are_found_once(params, positions):
+  """Not again in each loop over heads that reads them; this counts in what XLA made of the network. Of
+  counted positions, as a sampler's are, it knows that they are not negative."""
 
   def total(params, x_BL):
-    return Transformer(CONFIG).apply({"params": params}, x_BL, positions_BL=x_BL).sum()
+    return Transformer(CONFIG).apply({"params": params}, x_BL, positions_BL=positions(x_BL)).sum()
 
   quick = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)  # as users compile
@@ -266,7 +270,7 @@ def test_on_a_cpu_angles_are_found_once(params):
   assert text.count(" cosine(") == text.count(" sine(") == 2  # in each of two branches
 
 
-@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("first", [0, 7, -(2**30) - 1])  # both branches of `rotary`, and below 0
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_heads_are_rotated_alike_on_all_machines(dtype, first, monkeypatch):
   x_BLHK, d_BLHK = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8)).astype(dtype)
