@@ -141,6 +141,13 @@ def test_buckets_are_few_and_waste_little(size):
   assert len({queue.bucket(n) for n in range(1, 4097)}) == 24
 
 
+def test_no_steps_are_one_for_each_mask_of_a_block(params):
+  """Also where blocks are uneven: nine masks in blocks of eight, each row by itself."""
+  config = dataclasses.replace(GREEDY, max_new_tokens=0, block_size=8, alg="left_to_right")
+  found = write(params, [[2, *[MASK] * 9], [2, *[MASK] * 3]], config)
+  assert [len(np.unique(found[i][1][1:])) for i in (0, 1)] == [9, 3]
+
+
 @pytest.mark.parametrize(
   ("rows", "changes", "words"),
   [
