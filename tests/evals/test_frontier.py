@@ -124,3 +124,12 @@ def test_the_page_stands_alone(rows, tmp_path):
   assert page.count("<svg") == 1 and "xmlns" not in page
   without_bars = [point._replace(low=point.value, high=point.value) for point in points]
   assert frontier.chart(without_bars) != frontier.chart(points) == frontier.chart(points)
+
+
+def test_a_page_can_be_taken_away(rows, tmp_path):
+  frontier.write(tmp_path, "T", frontier.read(rows), [["cell"], ["entropy6"]])
+  assert (tmp_path / "index.html").exists() and (tmp_path / "frontier.svg").exists()
+  (tmp_path / "table.md").write_text("")
+  frontier.remove(tmp_path)
+  frontier.remove(tmp_path)  # none is there any more
+  assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["table.md"]
