@@ -19,7 +19,8 @@ own model, Python 3.11.7, 2026-11-27: seeds 0 to 2 44.8 to 60.2, 47.8 to 63.2, 4
 seed 0: 37.0 to 53.0 and 76.5 to 75.5. The order is the paper's, but so few seeds cannot tell the
 estimators apart. All of these had 24 rounds. With 20, as now, on a 2-core Intel Xeon, 2026-11-30, in
 2 min 20 s: 51.8 to 59.0 sampled, 86.0 to 85.5 greedily (seed 0; the day before, from a model tuned with
-another rounding, 47.2 to 59.2 and 88.0 to 89.0).
+another rounding, 47.2 to 59.2 and 88.0 to 89.0); on a 2-core AMD EPYC in 2 min 32 s: 48.2 to 60.5 and
+87.0 to 90.5.
 
   :decoupled, :full_mask  the same budget with another estimator
 """
