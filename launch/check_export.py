@@ -41,6 +41,27 @@ def left_padded(rows, pad_id):
   return ids_BL, valid_BL
 
 
+def same_ids(folder, texts, rows):
+  """Whether `transformers` makes `rows` of the texts; prints how it must be asked to."""
+
+  def made_by(tokenizer):
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+  chosen = transformers.AutoTokenizer.from_pretrained(folder)
+  if made_by(chosen) == rows:
+    print("token ids: the same")
+    return True
+  # 5.24 makes Qwen's tokenizer of any that stands beside Qwen2 weights: its vocabulary, Qwen's rules.
+  if made_by(transformers.PreTrainedTokenizerFast.from_pretrained(folder)) == rows:
+    print(
+      "token ids: the same with PreTrainedTokenizerFast.from_pretrained, but NOT with AutoTokenizer, "
+      f"which in this version makes a {type(chosen).__name__} of it: use the former"
+    )
+    return True
+  print("token ids: DIFFERENT")
+  return False
+
+
 def torch_logits(model, ids_BL, valid_BL):
   """The PyTorch side's logits, shifted to their targets as ours are: [:, i] scores token i + 1."""
   valid_BL = torch.tensor(valid_BL.astype(np.int64))
@@ -106,11 +127,8 @@ def main():
 
   good = True
   if ckpt.tokenizer is not None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
     rows = [ckpt.tokenizer.encode(text) for text in args.text]
-    same = rows == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.text]
-    print(f"token ids: {'the same' if same else 'DIFFERENT'}")
-    good &= same
+    good &= same_ids(args.folder, args.text, rows)
   else:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, ckpt.config.vocab_size, n).tolist() for n in (7, 12)]
