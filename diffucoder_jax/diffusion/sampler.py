@@ -119,6 +119,7 @@ class SamplerConfig:
       "cache", self.cache == "none" or whole, "it needs a block_size that divides max_new_tokens"
     )
     check("refresh", self.refresh >= 0, "use 0 (once a block) or more")
+    check("refresh", not self.refresh or self.cache != "none", "it needs a cache; set one, or use 0")
     check("revoke", 0 <= self.revoke <= 1, "use a number in [0, 1]; 0 is off")
     sure = not self.revoke or self.alg not in ("origin", "left_to_right")
     check("revoke", sure, f"alg {self.alg!r} does not commit by confidence; choose another, or 0")

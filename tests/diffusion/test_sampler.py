@@ -374,6 +374,7 @@ def test_a_trace_of_another_version_is_refused(tmp_path):
     dict(steps=2.5),
     dict(top_k=True),
     dict(alternatives=-1),
+    dict(refresh=2),
   ],
 )
 def test_settings_out_of_range_are_named(wrong):
