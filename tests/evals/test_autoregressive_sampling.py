@@ -166,7 +166,7 @@ def test_a_cache_changes_no_token_of_a_real_model(folder_of, monkeypatch):
   ckpt = pretrained.from_pretrained(folder_of("qwen2.5-coder-0.5b"))
   prompts = ["def is_prime(n):\n", "import os\n\n\ndef list_files(folder):\n  return [", "x = "]
   for temperature in (0.0, 0.8):
-    config = SamplerConfig("left_to_right", max_new_tokens=12, temperature=temperature, top_p=0.95)
+    config = SamplerConfig("left_to_right", max_new_tokens=24, temperature=temperature, top_p=0.95)
     done = generate(ckpt, prompts, config, seed=1)
     with monkeypatch.context() as patch:
       patch.setattr(queue.autoregressive, "can_write", lambda *_: False)
